@@ -1,0 +1,1 @@
+"""The diffusion process: schedule, what the UNet predicts, and the loss."""

@@ -1,0 +1,52 @@
+"""The four parts of Stable Diffusion XL together."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from sdxl_eqx.models.clip import CLIPText
+from sdxl_eqx.models.unet import UNet
+from sdxl_eqx.models.vae import VAE
+from sdxl_eqx.nn.compute import Compute
+
+
+class Conditioning(eqx.Module):
+    """What the UNet is conditioned on beside the timestep."""
+
+    context: Float[Array, "b s e"]
+    """Penultimate hidden states of both text encoders, side by side."""
+    pooled: Float[Array, "b p"]
+    """Pooled embedding of the second text encoder."""
+    time_ids: Float[Array, "b i"]
+    """(original height, width, crop top, left, target height, width) in pixels (Podell et al. 2023, section 2.2)."""
+
+
+class Encoders(eqx.Module):
+    """The parts around the UNet, frozen while it trains."""
+
+    text_encoder: CLIPText
+    text_encoder_2: CLIPText
+    vae: VAE
+
+    def encode_text(
+        self, ids: Int[Array, "b s"], ids_2: Int[Array, "b s"], *, compute: Compute = Compute()
+    ) -> tuple[Float[Array, "b s e"], Float[Array, "b p"]]:
+        """(context, pooled) of prompts tokenized by either tokenizer."""
+        first, _ = self.text_encoder(ids, compute=compute)
+        second, pooled = self.text_encoder_2(ids_2, compute=compute)
+        return jnp.concatenate([first, second], axis=-1), pooled
+
+
+class SDXL(eqx.Module):
+    """Stable Diffusion XL."""
+
+    unet: UNet
+    encoders: Encoders
+
+
+def cast(model: Any, dtype: Any) -> Any:
+    """`model` with every floating array in `dtype`."""
+    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, model)

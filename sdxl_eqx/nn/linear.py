@@ -1,0 +1,26 @@
+"""The dense layer."""
+
+import math
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, PRNGKeyArray
+
+
+class Linear(eqx.Module):
+    """`x @ weight.T + bias`, over the last axis; the layout and the initial values of `torch.nn.Linear`."""
+
+    weight: Float[Array, "c_out c_in"]
+    bias: Float[Array, " c_out"] | None
+
+    def __init__(self, c_in: int, c_out: int, *, use_bias: bool = True, key: PRNGKeyArray):
+        weight_key, bias_key = jr.split(key)
+        bound = 1 / math.sqrt(c_in)
+        self.weight = jr.uniform(weight_key, (c_out, c_in), jnp.float32, -bound, bound)
+        self.bias = jr.uniform(bias_key, (c_out,), jnp.float32, -bound, bound) if use_bias else None
+
+    def __call__(self, x: Float[Array, "*b c_in"]) -> Float[Array, "*b c_out"]:
+        y = jax.lax.dot_general(x, self.weight, (((x.ndim - 1,), (1,)), ((), ())))
+        return y if self.bias is None else y + self.bias.reshape((1,) * (y.ndim - 1) + (-1,))

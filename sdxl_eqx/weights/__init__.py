@@ -1,0 +1,1 @@
+"""Weights between Equinox modules and the files that people exchange."""

@@ -1,0 +1,172 @@
+"""Models from the safetensors of a diffusers folder, local or on the Hub."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from sdxl_eqx.weights.names import Place, places
+
+M = TypeVar("M")
+
+PATTERNS = ("*.json", "*.txt", "*.safetensors")
+PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae")
+IGNORED = ("position_ids",)
+"""Last words of keys that old files carry and no model needs."""
+
+
+def model_folder(name: str, *, revision: str, token: str = "") -> Path:
+    """The diffusers folder that `name` means: a local folder, or a snapshot of that Hub repository.
+
+    Only configs, tokenizers and safetensors are fetched, and nothing where the Hub's cache has them and the Hub is out
+    of reach (or HF_HUB_OFFLINE is set).
+
+    Raises:
+        ValueError: where there is neither, with the remedy; the token is never part of it.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).is_absolute() or name.startswith(".") or name.count("/") != 1:
+        raise ValueError(
+            f"--pretrained-model-name-or-path {name!r}: no such folder; "
+            "give a diffusers folder or a Hub id such as stabilityai/stable-diffusion-xl-base-1.0."
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    allow = [f"{part}/{pattern}" for part in PARTS for pattern in PATTERNS] + ["model_index.json"]
+    # Half-precision and other variants would double the download.
+    ignore = ["*.fp16.*", "*.bf16.*", "*onnx*", "*openvino*", "*flax*"]
+    try:
+        return Path(
+            snapshot_download(name, revision=revision, token=token or None, allow_patterns=allow, ignore_patterns=ignore)
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"--pretrained-model-name-or-path {name!r}, --revision {revision!r}: neither a folder here, nor in the "
+            f"Hub's cache, nor could it be fetched ({type(error).__name__}). Check the name and the connection, set "
+            "HF_TOKEN if it is gated, or give a local diffusers folder."
+        ) from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ValueError: naming the file, where it is missing or no JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: missing; a diffusers folder of SDXL has it.") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}).") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: must hold a JSON object.")
+    return value
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors of one part of a diffusers folder: one file, or the shards that its index names; [] if none.
+
+    Raises:
+        ValueError: where only a pickle is there, or a shard is missing.
+    """
+    for stem in ("diffusion_pytorch_model", "model"):
+        single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+        if single.is_file():
+            return [single]
+        if index.is_file():
+            names = sorted(set(read_json(index).get("weight_map", {}).values()))
+            missing = [name for name in names if not (folder / name).is_file()]
+            if missing or not names:
+                raise ValueError(f"{index}: names shards that are not there ({missing}); fetch them.")
+            return [folder / name for name in names]
+    pickles = [p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+    if pickles:
+        raise ValueError(
+            f"{folder}: only pickled weights ({pickles[0]}), which can run code when read and are never loaded; "
+            "save the model again with safe_serialization=True in diffusers or transformers."
+        )
+    return []
+
+
+Put = Callable[[Place, np.ndarray], Any]
+
+
+def clip_key(key: str) -> str:
+    """A text encoder's key as the published files have it: transformers 5 saves CLIPTextModel without `text_model.`."""
+    return key if key.startswith(("text_model.", "text_projection.")) else f"text_model.{key}"
+
+
+def read_model(
+    skeleton: M,
+    files: Sequence[Path],
+    *,
+    dtype: Any,
+    rename: Callable[[str], str] = str,
+    put: Put | None = None,
+) -> M:
+    """`skeleton` (shapes, as of `eqx.filter_eval_shape`) filled from safetensors files in diffusers' names.
+
+    Arrays are read one after the other, cast to `dtype`, and given to `put` (by default onto JAX's default device), so
+    that the host never holds a second copy of the model. `rename` turns a file's key into the published one.
+
+    Raises:
+        ValueError: for keys that are missing, unknown or held twice, wrong shapes, and files that are no safetensors.
+    """
+    wanted = places(skeleton)
+    handles = [_open(file) for file in files]
+    where: dict[str, Any] = {}
+    twice = []
+    for file, handle in zip(files, handles, strict=True):
+        for stored in handle.keys():
+            key = rename(stored)
+            twice += [key] if key in where else []
+            where[key] = (file, handle, stored)
+    _check(wanted, where, twice, files)
+    leaves = []
+    for place in wanted:
+        tensors = {}
+        for key in place.keys:
+            file, handle, stored = where[key]
+            tensors[key] = _tensor(handle, stored, file)
+            if tensors[key].shape != place.shape:
+                raise ValueError(
+                    f"{file}: {key} has shape {tensors[key].shape}, the model's config says {place.shape}; "
+                    "config.json and weights do not belong together."
+                )
+        array = place.from_file(tensors).astype(dtype)
+        leaves.append(put(place, array) if put else jax.numpy.asarray(array))
+    return jax.tree.unflatten(jax.tree.structure(skeleton), leaves)
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: not a whole safetensors file ({error}); fetch or save it again.") from None
+
+
+def _tensor(handle: Any, key: str, file: Path) -> np.ndarray:
+    try:
+        return handle.get_tensor(key)
+    except (SafetensorError, TypeError) as error:
+        raise ValueError(f"{file}: {key} cannot be read ({error}).") from None
+
+
+def _check(wanted: Sequence[Place], where: Mapping[str, Any], twice: Sequence[str], files: Sequence[Path]) -> None:
+    keys = {key for place in wanted for key in place.keys}
+    unknown = sorted(key for key in where if key not in keys and key.split(".")[-1] not in IGNORED)
+    missing = sorted(keys - where.keys())
+    for word, which in (("missing", missing), ("unknown", unknown), ("held twice", sorted(twice))):
+        if which:
+            shown = ", ".join(which[:5]) + (f" and {len(which) - 5} more" if len(which) > 5 else "")
+            raise ValueError(
+                f"{', '.join(str(f) for f in files)}: {len(which)} keys {word}: {shown}. "
+                "These weights are not of the model that config.json describes."
+            )
