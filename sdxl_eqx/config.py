@@ -113,9 +113,11 @@ class OptimConfig:
 class DiffusionSchedulerConfig:
     """What is changed of the model folder's scheduler, for training and sampling alike; '' keeps the folder's."""
 
-    prediction_type: Literal["", "epsilon", "v_prediction"] = ""
+    prediction_type: Annotated[
+        Literal["", "epsilon", "v_prediction"], tyro.conf.arg(metavar="{'',epsilon,v_prediction}")
+    ] = ""
     """What the UNet predicts."""
-    timestep_spacing: Literal["", "leading", "trailing"] = ""
+    timestep_spacing: Annotated[Literal["", "leading", "trailing"], tyro.conf.arg(metavar="{'',leading,trailing}")] = ""
     """How sampling steps are spread over the schedule."""
 
 

@@ -11,5 +11,5 @@ def dot_product(
     *,
     causal: bool = False,
 ) -> Float[Array, "b l n d"]:
-    """Attention with the whole score matrix in memory; scores and softmax in float32 (`jax.nn.dot_product_attention`)."""
+    """Attention with the whole score matrix in memory, scores and softmax in float32."""
     return jax.nn.dot_product_attention(query, key, value, is_causal=causal, implementation="xla")

@@ -75,7 +75,7 @@ class UNetConfig:
         """Small enough to train on a laptop's CPU, with every kind of layer that SDXL has."""
         return dataclasses.replace(
             cls.sdxl_base(),
-            sample_size=16,
+            sample_size=8,
             block_out_channels=(64, 128),
             attention_levels=(False, True),
             layers_per_block=1,
@@ -357,7 +357,7 @@ class UNet(eqx.Module):
         y = self.mid_block(y, temb, context, compute)
         for up in self.up_blocks:
             used = [skips.pop() for _ in up.resnets]
-            size = skips[-1].shape[1:3] if skips else None
+            size = (skips[-1].shape[1], skips[-1].shape[2]) if skips else None
             y = up(y, used, temb, context, compute, size)
         return self.conv_out(jax.nn.silu(self.conv_norm_out(y)))
 

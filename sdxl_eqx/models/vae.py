@@ -51,12 +51,12 @@ class VAEConfig:
 
     @classmethod
     def tiny(cls) -> "VAEConfig":
-        """Small enough to train on a laptop's CPU; two halvings, so latents are a quarter of the picture's side."""
+        """Small enough to train on a laptop's CPU; its scaling_factor is the bundled weights' own."""
         return dataclasses.replace(
             cls.sdxl_base(),
-            block_out_channels=(32, 64, 64),
+            block_out_channels=(16, 32, 64, 84),
             layers_per_block=1,
-            norm_num_groups=8,
+            norm_num_groups=4,
             sample_size=64,
             force_upcast=False,
         )
@@ -268,7 +268,7 @@ class VAE(eqx.Module):
         self.config = config
 
     def encode(self, pixels: Float[Array, "b H W c"], *, compute: Compute = Compute()) -> Moments:
-        """Posterior of pixels in [-1, 1]; the log-variance is clipped to [-30, 20]. Multiply a draw by scaling_factor."""
+        """Posterior of pixels in [-1, 1], log-variance clipped to [-30, 20]. Multiply a draw by scaling_factor."""
         mean, logvar = jnp.split(self.quant_conv(self.encoder(pixels, compute)), 2, axis=-1)
         return Moments(mean, jnp.clip(logvar, -30.0, 20.0))
 

@@ -2,14 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal
 
 import jax
 
 from sdxl_eqx.arrays import Attend
 from sdxl_eqx.kernels.attention import dot_product
-
-F = TypeVar("F", bound=Callable)
 
 
 @dataclass(frozen=True)
@@ -24,7 +22,7 @@ class Compute:
     remat: Literal["none", "dots", "full"] = "none"
     scan_unroll: int = 1
 
-    def block(self, function: F) -> F:
+    def block(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function`, one block of a model, under this policy of rematerialization."""
         if self.remat == "none":
             return function

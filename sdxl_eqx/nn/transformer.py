@@ -45,7 +45,7 @@ class FeedForward(eqx.Module):
 
 
 class TransformerBlock(eqx.Module):
-    """Self-attention, cross-attention to the text and feed-forward, each with its residual (`BasicTransformerBlock`)."""
+    """Self-attention, cross-attention and feed-forward, each with its residual (diffusers `BasicTransformerBlock`)."""
 
     norm1: LayerNorm
     attn1: Attention

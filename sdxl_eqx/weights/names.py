@@ -1,4 +1,4 @@
-"""Which key of a file holds which part of which array: attribute paths are diffusers' keys, but for what stands here."""
+"""Which key of a file holds which part of which array: attribute paths are diffusers' keys but for what is here."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +11,11 @@ M = TypeVar("M")
 
 STACKS = ("transformer_blocks", "layers")
 """Attributes that hold a stack of blocks: slice i of axis 0 is `NAME.{i}.` in files."""
+
+
+def is_stacked(path: str) -> bool:
+    """Whether the array at that path has a leading axis of depth."""
+    return any(part in STACKS for part in path.split("."))
 
 
 @dataclass(frozen=True)
@@ -52,9 +57,7 @@ def places(model: Any, *, prefix: str = "") -> list[Place]:
         if at is None:
             keys: tuple[str, ...] = (prefix + name,)
         else:
-            keys = tuple(
-                prefix + ".".join([*parts[: at + 1], str(i), *parts[at + 1 :]]) for i in range(shape[0])
-            )
+            keys = tuple(prefix + ".".join([*parts[: at + 1], str(i), *parts[at + 1 :]]) for i in range(shape[0]))
             shape = shape[1:]
         if len(shape) == 4:
             shape = (shape[3], shape[2], shape[0], shape[1])

@@ -43,7 +43,9 @@ def model_folder(name: str, *, revision: str, token: str = "") -> Path:
     ignore = ["*.fp16.*", "*.bf16.*", "*onnx*", "*openvino*", "*flax*"]
     try:
         return Path(
-            snapshot_download(name, revision=revision, token=token or None, allow_patterns=allow, ignore_patterns=ignore)
+            snapshot_download(
+                name, revision=revision, token=token or None, allow_patterns=allow, ignore_patterns=ignore
+            )
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
@@ -124,7 +126,7 @@ def read_model(
     where: dict[str, Any] = {}
     twice = []
     for file, handle in zip(files, handles, strict=True):
-        for stored in handle.keys():
+        for stored in handle.keys():  # noqa: SIM118  (it is no dict)
             key = rename(stored)
             twice += [key] if key in where else []
             where[key] = (file, handle, stored)

@@ -1,0 +1,56 @@
+"""Train Stable Diffusion XL: `python scripts/train.py --help`."""
+
+import logging
+import shlex
+import sys
+
+from sdxl_eqx.flags import parse
+
+
+def main() -> int:
+    """Run the command line; returns the exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    log = logging.getLogger("sdxl_eqx")
+    log.setLevel(logging.INFO)
+    config = parse(sys.argv[1:])
+
+    # Imported here, so that --help and wrong flags answer at once.
+    from sdxl_eqx.training.loop import RunError, fit
+    from sdxl_eqx.training.setup import Finished, prepare
+
+    try:
+        run = prepare(config)
+    except ValueError as error:
+        return _fail(error)
+    if isinstance(run, Finished):
+        log.info("%s is finished (step %d). Train longer with --max-train-steps, or give another --run-name.",
+                 run.folder, run.step)  # fmt: skip
+        return 0
+    folder = run.folder.path
+    again = f"python scripts/train.py --config {shlex.quote(str(run.folder.config))}"
+    try:
+        outcome = fit(run)
+    except RunError as error:
+        return _fail(error)
+    finally:
+        run.checkpoints.close()
+        run.folder.close()
+    if outcome.signal:
+        log.info("saved at step %d; continue with:\n%s", outcome.step, again)
+        return 128 + outcome.signal
+    log.info(
+        "\ndone: %s\n  samples/     pictures drawn while training\n  checkpoints/ to resume or load with load_unet\n"
+        "  export/      diffusers folder (%s)\n  tensorboard/ tensorboard --logdir %s\n"
+        "Load it: StableDiffusionXLPipeline.from_pretrained(%r)\nTrain on, with more --max-train-steps:\n%s",
+        folder, config.checkpoint.export_dtype, folder / "tensorboard", str(folder / "export"), again,
+    )  # fmt: skip
+    return 0
+
+
+def _fail(error: Exception) -> int:
+    logging.getLogger("sdxl_eqx").error("error: %s", error)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

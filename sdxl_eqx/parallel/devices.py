@@ -1,0 +1,48 @@
+"""What JAX found to run on, and what it should have found."""
+
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+log = logging.getLogger("sdxl_eqx")
+
+
+def choose_hardware(hardware: str) -> Sequence[Any]:
+    """The devices of that kind (auto: JAX's default), with a loud word where an accelerator lies idle.
+
+    Raises:
+        ValueError: where the kind that was asked for is not there.
+    """
+    if hardware == "auto":
+        devices = jax.devices()
+        idle = _idle_accelerator() if devices[0].platform == "cpu" else None
+        if idle:
+            log.warning(
+                "THIS MACHINE HAS A %s BUT JAX RUNS ON THE CPU, which is many times slower. Install JAX for it: "
+                "pip install -e '.[%s]'. (--hardware cpu says that the CPU is meant.)",
+                *idle,
+            )
+        return devices
+    try:
+        return jax.devices(hardware)
+    except RuntimeError:
+        found = ", ".join(sorted({d.platform for d in jax.devices()}))
+        extra = {"gpu": "cuda13", "tpu": "tpu"}.get(hardware)
+        remedy = f"install JAX for it (pip install -e '.[{extra}]') or " if extra else ""
+        raise ValueError(f"--hardware {hardware}: JAX finds only {found}; {remedy}use --hardware auto.") from None
+
+
+def _idle_accelerator() -> tuple[str, str] | None:
+    """(name, extra that installs JAX for it) of an accelerator that JAX was not told to ignore."""
+    if os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):
+        return None
+    if Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi"):
+        return "GPU", "cuda13"
+    if Path("/dev/accel0").exists() or os.environ.get("TPU_NAME") or os.environ.get("TPU_ACCELERATOR_TYPE"):
+        return "TPU", "tpu"
+    return None

@@ -1,0 +1,1 @@
+"""From prompt to picture: noise levels, samplers, guidance and the pipeline."""

@@ -1,0 +1,189 @@
+"""Checkpoints of a run: state, data position and config together, written by Orbax while training goes on."""
+
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import orbax.checkpoint as ocp
+
+from sdxl_eqx.models.unet import UNet, UNetConfig
+from sdxl_eqx.training.state import TrainState
+
+log = logging.getLogger("sdxl_eqx")
+
+FORMAT = 1
+"""Version of the layout; a checkpoint of another one is refused."""
+
+MARGIN = 64 * 2**20
+"""Bytes that must stay free beside a checkpoint."""
+
+
+class NoSpace(Exception):
+    """A checkpoint was not begun because the disk has no room for it."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What stands beside the arrays of a checkpoint."""
+
+    unet: dict[str, Any]
+    """The UNet's config, as diffusers writes it."""
+    ema: bool
+    config: dict[str, Any]
+    """The run's config, flat."""
+    data: dict[str, Any]
+    """Position of the data iterator."""
+
+
+class Checkpoints:
+    """The checkpoints of one run, `FOLDER/STEP/`; only whole ones count, and older ones go when a newer is whole."""
+
+    def __init__(self, folder: Path, *, keep: int):
+        self.folder = folder.absolute()
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=ocp.checkpoint_managers.LatestN(keep), cleanup_tmp_directories=True
+        )
+        self.manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def latest(self) -> int | None:
+        """The step of the newest whole checkpoint."""
+        return self.manager.latest_step()
+
+    def save(self, step: int, state: TrainState, saved: Saved) -> None:
+        """Begin to write a checkpoint; returns as soon as the arrays are copied, so the state may be donated.
+
+        Raises:
+            NoSpace: where the disk has too little room; nothing is written and the checkpoints there stay.
+        """
+        if step == self.latest():
+            return
+        self.manager.wait_until_finished()
+        needed = sum(x.nbytes for x in jax.tree.leaves(state) if not _is_key(x)) + MARGIN
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise NoSpace(
+                f"no checkpoint of step {step}: it needs {needed / 2**30:.2f} GiB, {self.folder} has "
+                f"{free / 2**30:.2f} GiB left. The last good checkpoint is that of step {self.latest()}. "
+                "Free space, or lower --checkpoints-to-keep."
+            )
+        meta = {"format": FORMAT, "unet": saved.unet, "ema": saved.ema, "config": saved.config, "data": saved.data}
+        items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
+        self.manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items))
+
+    def saved(self, step: int) -> Saved:
+        """What stands beside the arrays.
+
+        Raises:
+            ValueError: where it cannot be read or is of another format.
+        """
+        return _read_meta(self.manager, step, self.folder)
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """The state of that step, in the shapes, dtypes and shardings of `like` (`jax.ShapeDtypeStruct`s).
+
+        Raises:
+            ValueError: where the checkpoint is of another model.
+        """
+        wanted = _items(like)
+        try:
+            args = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
+            items = dict(self.manager.restore(step, args=ocp.args.Composite(**args)))
+        except (ValueError, KeyError, FileNotFoundError) as error:
+            raise ValueError(
+                f"{self.folder / str(step)}: does not fit this run's model or optimizer ({str(error)[:300]}). "
+                "Use the flags that made it, or another --run-name."
+            ) from error
+        return _from_items(items, like)
+
+    def wait(self) -> None:
+        """Until what was begun is written."""
+        self.manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Wait, and end the writer's threads."""
+        self.manager.close()
+
+
+def load_unet(run: str | Path, *, step: int | None = None, ema: bool = True) -> UNet:
+    """The UNet of a run's newest checkpoint (or that of `step`): the average if it has one and `ema`, else the weights.
+
+    Raises:
+        ValueError: where there is no such checkpoint.
+    """
+    folder = (Path(run) / "checkpoints").absolute()
+    if not folder.is_dir():
+        raise ValueError(f"{run}: has no checkpoints/; give the folder of a run.")
+    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+        step = manager.latest_step() if step is None else step
+        if step is None or step not in manager.all_steps():
+            raise ValueError(f"{folder}: has no checkpoint of step {step}; it has {sorted(manager.all_steps())}.")
+        saved = _read_meta(manager, step, folder)
+        config = UNetConfig.from_json(saved.unet)
+        name = "ema" if ema and saved.ema else "unet"
+        shapes = eqx.filter_eval_shape(UNet, config, key=jr.key(0))
+        on_host = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        metadata = manager.item_metadata(step)[name]
+        like = {
+            key: jax.ShapeDtypeStruct(x.shape, metadata[key].dtype, sharding=on_host)
+            for key, x in flatten(shapes).items()
+        }
+        arrays = manager.restore(step, args=ocp.args.Composite(**{name: ocp.args.StandardRestore(like)}))[name]
+    return unflatten(arrays, shapes)
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """The arrays of a pytree by path."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def unflatten(arrays: dict[str, Any], like: Any) -> Any:
+    """The inverse of `flatten`, in the structure of `like`."""
+    return jax.tree.unflatten(jax.tree.structure(like), [arrays[path] for path in flatten(like)])
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    """A state as Orbax stores it: parts by name, each a flat mapping; typed keys as their words."""
+    loop = {"step": state.step, "key": _key_words(state.key)}
+    items = {"loop": loop, "unet": flatten(state.unet), "optimizer": flatten(state.opt_state)}
+    return items if state.ema is None else {**items, "ema": flatten(state.ema)}
+
+
+def _from_items(items: dict[str, Any], like: TrainState) -> TrainState:
+    return TrainState(
+        step=items["loop"]["step"],
+        key=jr.wrap_key_data(items["loop"]["key"]),
+        unet=unflatten(items["unet"], like.unet),
+        opt_state=unflatten(items["optimizer"], like.opt_state),
+        ema=None if like.ema is None else unflatten(items["ema"], like.ema),
+    )
+
+
+def _key_words(key: Any) -> Any:
+    if isinstance(key, jax.ShapeDtypeStruct):
+        words = jax.eval_shape(jr.key_data, key)
+        return jax.ShapeDtypeStruct(words.shape, words.dtype, sharding=key.sharding)
+    return jr.key_data(key)
+
+
+def _is_key(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _read_meta(manager: ocp.CheckpointManager, step: int, folder: Path) -> Saved:
+    try:
+        meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    except (ValueError, KeyError, FileNotFoundError) as error:
+        raise ValueError(f"{folder / str(step)}: is no checkpoint of this project ({str(error)[:200]}).") from error
+    if meta.get("format") != FORMAT:
+        raise ValueError(
+            f"{folder / str(step)}: has checkpoint format {meta.get('format')}, this version reads {FORMAT}; "
+            "use the version that wrote it, or start another --run-name."
+        )
+    return Saved(meta["unet"], meta["ema"], meta["config"], meta["data"])

@@ -1,0 +1,329 @@
+"""The loop: from a prepared run to trained weights, pictures and an export."""
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sdxl_eqx.data.batch import Batch, LatentBatch
+from sdxl_eqx.data.cache import cache_key, cached_reader, open_cache, write_cache
+from sdxl_eqx.data.loader import BadItems, make_stream, picture_reader, to_batch
+from sdxl_eqx.data.tokenizer import save_tokenizers
+from sdxl_eqx.diffusion.schedule import Schedule
+from sdxl_eqx.models.sdxl import SDXL
+from sdxl_eqx.parallel.mesh import batch_sharding
+from sdxl_eqx.parallel.specs import replicated, shardings
+from sdxl_eqx.training.checkpoint import NoSpace
+from sdxl_eqx.training.flops import unet_training_flops
+from sdxl_eqx.training.metrics import MetricsWriter, Watch
+from sdxl_eqx.training.parts import fingerprint
+from sdxl_eqx.training.setup import Run
+from sdxl_eqx.training.showing import caption_retrieval, draw_captions, grid, sample_prompts, save_pictures
+from sdxl_eqx.training.step import train_step
+from sdxl_eqx.weights.write import write_folder
+
+log = logging.getLogger("sdxl_eqx")
+
+
+class RunError(Exception):
+    """The run cannot go on; the message says why, what is safe and what to do."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    step: int
+    signal: int = 0
+    """That stopped it, or 0 where it is finished."""
+    retrieval: float | None = None
+
+
+def fit(run: Run) -> Outcome:
+    """Train to the last step, or until Ctrl-C or SIGTERM, which save first.
+
+    Raises:
+        RunError: with the reason and the last good checkpoint.
+    """
+    config = run.config
+    start = int(run.state.step)
+    stream, frozen = _data(run)
+    schedule = Schedule(run.parts.schedule)
+    step_fn = _compile(run)
+    writer = MetricsWriter(
+        config.metrics, file=run.folder.metrics, tensorboard=run.folder.tensorboard,
+        run_name=config.run.run_name, start=start,
+    )  # fmt: skip
+    writer.text("config", f"```\n{run.folder.config.read_text()}\n```")
+    watch = Watch(start=start, total=run.total_steps, log_period=config.metrics.log_period)
+    state = run.state
+    run.state = None  # type: ignore[assignment]  # the step donates it
+    position = run.data_position
+    meter = _Meter(run, writer, watch)
+
+    with _Stop() as stop, watch, jax.sharding.set_mesh(run.mesh):
+        for n in range(start + 1, run.total_steps + 1):
+            batch = _next(stream, run)
+            position = stream.get_state()
+            try:
+                state, metrics = step_fn(state, frozen, _to_devices(batch, run), schedule)
+                # Read while the device works on this step: the loop never waits for the step it just began.
+                meter.flush()
+            except jax.errors.JaxRuntimeError as error:
+                raise _explain(error, run) from error
+            meter.put(n, metrics)
+            if stop.signal or _due(n, config.checkpoint.checkpoint_every, run.batch_size):
+                meter.flush()
+                _save(run, n, state, position)
+            if stop.signal:
+                break
+            if _due(n, config.sample.sample_every, run.batch_size) and n < run.total_steps:
+                meter.flush()
+                _show(run, n, state, writer)
+        meter.flush()
+    step = int(state.step)
+    if stop.signal:
+        run.checkpoints.wait()
+        writer.close()
+        return Outcome(step, signal=stop.signal)
+    if not _save(run, step, state, position or {}):
+        raise RunError(f"the last checkpoint could not be saved; the run stopped after step {step}.")
+    run.checkpoints.wait()
+    retrieval = _finish(run, step, state, writer)
+    writer.close()
+    return Outcome(step, retrieval=retrieval)
+
+
+def _data(run: Run) -> tuple[Any, Any]:
+    """(stream of batches at the run's position, frozen encoders or None where the batches are encoded already)."""
+    config = run.config
+    bad = BadItems(len(run.source), config.data.max_bad_fraction)
+    common = {
+        "batch_size": run.batch_size // jax.process_count(),
+        "seed": config.run.seed,
+        "shuffle": config.data.enable_data_shuffling,
+        "num_threads": config.data.transform_images_num_proc,
+        "process_index": jax.process_index(),
+        "process_count": jax.process_count(),
+        "bad": bad,
+    }
+    frozen = None
+    if config.data.cache_latents_text_encoder_outputs:
+        cached = _cache(run, bad)
+        read = cached_reader(config.data.caption_dropout, config.data.random_flip, cached.empty)
+        stream = make_stream(cached, read, **common)
+        # The encoders wait in host memory until there are pictures to draw.
+        run.encoders = jax.device_get(run.encoders)
+    else:
+        stream = make_stream(run.source, picture_reader(config.data, run.parts.tokenizers), **common)
+        frozen = run.encoders
+    if run.data_position:
+        stream.set_state(run.data_position)
+    return stream, frozen
+
+
+def _cache(run: Run, bad: BadItems) -> Any:
+    """The encoded data set: the one that is there, or a new one."""
+    config = run.config
+    folder = Path(config.data.dataset_save_location or run.folder.path / "cache")
+    key = cache_key(run.source, fingerprint(run.encoders, run.parts), config.data, config.run.seed)
+    cached = open_cache(folder, key)
+    if cached is None:
+        encoders = run.encoders
+        pictures = jax.jit(lambda e, x: e.vae.encode(x.astype(jnp.float32) / 127.5 - 1))
+        captions = jax.jit(lambda e, ids, ids_2: e.encode_text(ids, ids_2))
+        began = time.perf_counter()
+
+        def encode_pictures(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            moments = pictures(encoders, pixels)
+            return np.asarray(moments.mean), np.asarray(moments.logvar)
+
+        def encode_captions(ids: np.ndarray, ids_2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            context, pooled = captions(encoders, ids, ids_2)
+            return np.asarray(context), np.asarray(pooled)
+
+        cached = write_cache(
+            run.source, folder, key=key, encode_pictures=encode_pictures, encode_captions=encode_captions,
+            tokenizers=run.parts.tokenizers, config=config.data, seed=config.run.seed,
+            batch_size=min(8, len(run.source)), bad=bad,
+        )  # fmt: skip
+        log.info("encoded %d samples once in %.1f s: %s", len(cached), time.perf_counter() - began, cached.path)
+    return cached
+
+
+def _compile(run: Run) -> Callable[..., Any]:
+    """The jitted step, with the state laid out and donated."""
+    layout = shardings(jax.eval_shape(lambda: run.state), run.mesh)
+    step = partial(train_step, config=run.step_config, optimizer=run.optimizer)
+    whole = replicated(run.mesh)
+    return jax.jit(
+        step,
+        in_shardings=(layout, whole, batch_sharding(run.mesh), whole),
+        out_shardings=(layout, whole),
+        donate_argnums=0,
+    )
+
+
+def _to_devices(batch: Batch | LatentBatch, run: Run) -> Batch | LatentBatch:
+    layout = batch_sharding(run.mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(layout, x), batch)
+
+
+def _next(stream: Any, run: Run) -> Batch | LatentBatch:
+    try:
+        return to_batch(next(stream))
+    except ValueError as error:
+        raise RunError(f"{error} {_last_good(run)}") from error
+
+
+def _due(n: int, every: int, batch_size: int) -> bool:
+    """Whether step n is the first at or past a multiple of `every` samples."""
+    return every > 0 and n * batch_size // every > (n - 1) * batch_size // every
+
+
+def _save(run: Run, n: int, state: Any, position: dict[str, Any]) -> bool:
+    """Whether a checkpoint of step n is being written; a full disk costs that one alone, and is said loudly."""
+    try:
+        run.checkpoints.save(n, state, run.saved(position))
+    except (NoSpace, OSError) as error:
+        log.error("%s", error)
+        return False
+    return True
+
+
+def _last_good(run: Run) -> str:
+    run.checkpoints.wait()
+    step = run.checkpoints.latest()
+    return "No checkpoint was written." if step is None else f"The last good checkpoint is that of step {step}."
+
+
+def _explain(error: Exception, run: Run) -> Exception:
+    if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
+        return error
+    return RunError(
+        f"out of memory: --per-device-batch-size {run.config.optim.per_device_batch_size:g} with --remat-policy "
+        f"{run.compute.remat} does not fit. Halve the batch, use --remat-policy full, or share the weights with "
+        f"--ici-fsdp-parallelism. {_last_good(run)} ({str(error).splitlines()[0][:200]})"
+    )
+
+
+def _show(run: Run, n: int, state: Any, writer: MetricsWriter) -> None:
+    """Draw a grid of samples."""
+    sample = run.config.sample
+    if sample.samples_per_grid == 0:
+        return
+    prompts = sample_prompts(sample, run.source, sample.samples_per_grid)
+    sheet = grid(draw_captions(run, state.best, prompts))
+    run.folder.samples.mkdir(exist_ok=True)
+    file = run.folder.samples / f"step_{n:06d}.png"
+    sheet.save(file)
+    writer.picture("samples", np.asarray(sheet), n)
+    log.info("step %d: samples in %s", n, file)
+
+
+def _finish(run: Run, step: int, state: Any, writer: MetricsWriter) -> float | None:
+    """The last samples, caption retrieval and the export."""
+    config = run.config
+    _show(run, step, state, writer)
+    retrieval = None
+    n = min(config.sample.caption_retrieval, len(run.source))
+    if n:
+        pictures = draw_captions(run, state.best, [example.caption for example in run.source.examples[:n]])
+        save_pictures(pictures, run.folder.evaluation)
+        retrieval = caption_retrieval(pictures, run.source, config.data.resolution)
+        writer.write(step, {"eval/caption_retrieval": retrieval})
+        log.info(
+            "caption retrieval %.4f: of %d captions drawn, %d are nearest to their own picture (%s)",
+            retrieval, n, round(retrieval * n), run.folder.evaluation,
+        )  # fmt: skip
+    write_folder(
+        SDXL(state.best, run.encoders),
+        run.parts.schedule.to_json(),
+        partial(save_tokenizers, run.parts.tokenizers),
+        run.folder.export,
+        dtype=jnp.dtype(config.checkpoint.export_dtype),
+    )
+    return retrieval
+
+
+class _Meter:
+    """Turns the arrays of a step into a record, one step late."""
+
+    def __init__(self, run: Run, writer: MetricsWriter, watch: Watch):
+        self.run, self.writer, self.watch = run, writer, watch
+        self.pending: tuple[int, Any] | None = None
+        self.clock = time.perf_counter()
+        self.began: float | None = None
+        self.first = 0
+        config, parts = run.config, run.parts
+        side = config.data.resolution // parts.vae.downscale
+        self.tflop = unet_training_flops(parts.unet, side, side) * run.batch_size / run.mesh.size / 1e12
+
+    def put(self, n: int, metrics: Any) -> None:
+        """Remember the metrics of step n, which may still be running."""
+        self.pending = (n, metrics)
+
+    def flush(self) -> None:
+        """Wait for the remembered step and report it."""
+        if self.pending is None:
+            return
+        n, metrics = self.pending
+        self.pending = None
+        values = {name: float(np.asarray(value)) for name, value in metrics.items()}
+        now = time.perf_counter()
+        seconds, self.clock = now - self.clock, now
+        loss, rate = values.pop("learning/loss"), float(np.asarray(self.run.rate(n - 1)))
+        self.writer.write(
+            n,
+            {
+                "learning/loss": loss,
+                "learning/current_learning_rate": rate,
+                **values,
+                "perf/step_time_seconds": seconds,
+                "perf/images_per_second": self.run.batch_size / seconds,
+                "perf/per_device_tflops": self.tflop,
+                "perf/per_device_tflops_per_sec": self.tflop / seconds,
+            },
+        )
+        # The first step is mostly compiling: speed and time left are those of the steps after it.
+        if self.began is None:
+            self.began, self.first = now, n
+            speed, left = self.run.batch_size / seconds, 0.0
+        else:
+            each = (now - self.began) / (n - self.first)
+            speed, left = self.run.batch_size / each, each * (self.run.total_steps - n)
+        self.watch.show(n, loss=loss, rate=rate, speed=speed, seconds_left=left)
+
+
+class _Stop:
+    """Remembers Ctrl-C and SIGTERM, so that the loop ends after a whole step; a second Ctrl-C ends at once."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> "_Stop":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if self.signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+        log.warning("%s: saving after this step", signal.Signals(number).name)

@@ -1,0 +1,124 @@
+"""What a run reports: metrics.jsonl, TensorBoard, and a bar or lines for the person who watches."""
+
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+from sdxl_eqx.config import MetricsConfig
+
+log = logging.getLogger("sdxl_eqx")
+
+
+def cut_after(file: Path, step: int) -> None:
+    """Take out of a metrics file what lies past a checkpoint and will be written again, and a torn last line.
+
+    Evaluations belong after the checkpoint of their step, so those of `step` itself go too.
+    """
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if record["step"] < step or (record["step"] == step and "learning/loss" in record):
+            kept.append(line)
+    building = file.with_name(f".{file.name}.part")
+    building.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    os.replace(building, file)
+
+
+class MetricsWriter:
+    """Writes records to the run's files; `start` is the step that the run begins after."""
+
+    def __init__(self, config: MetricsConfig, *, file: Path, tensorboard: Path, run_name: str, start: int):
+        self.run_name = run_name
+        self.log_period = config.log_period
+        self.files = []
+        self.board = None
+        if config.write_metrics:
+            copies = [Path(config.metrics_file)] if config.metrics_file else []
+            for path in [file, *copies]:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                cut_after(path, start)
+                self.files.append(path.open("a", encoding="utf-8", buffering=1))
+            self.board = SummaryWriter(str(tensorboard), purge_step=start + 1 if start else None, max_queue=10**6)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """One record; numbers that are not finite are written as strings, which JSON allows."""
+        shown = {k: v if math.isfinite(v) else str(v) for k, v in values.items()}
+        line = json.dumps({"step": step, "run_name": self.run_name, **shown})
+        for file in self.files:
+            file.write(f"{line}\n")
+        if self.board is not None:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+            if step % self.log_period == 0:
+                self.board.flush()
+
+    def text(self, name: str, value: str) -> None:
+        """A text on TensorBoard."""
+        if self.board is not None:
+            self.board.add_text(name, value, 0)
+
+    def picture(self, name: str, picture, step: int) -> None:
+        """A picture `[H, W, 3]` from 0 to 255 on TensorBoard."""
+        if self.board is not None:
+            self.board.add_image(name, picture, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Write what is left."""
+        for file in self.files:
+            file.close()
+        if self.board is not None:
+            self.board.close()
+
+
+class Watch:
+    """A progress bar on a terminal, a line each log_period without one."""
+
+    def __init__(self, *, start: int, total: int, log_period: int):
+        self.total, self.log_period = total, log_period
+        self.start = start
+        self.console = Console()
+        columns = (
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TextColumn(
+                "loss {task.fields[loss]:.4f}  lr {task.fields[rate]:.2e}  {task.fields[speed]:.1f} images/s  left"
+            ),
+            TimeRemainingColumn(compact=True),
+        )
+        self.bar = Progress(*columns, console=self.console, transient=False) if self.console.is_terminal else None
+        self.task = None
+
+    def __enter__(self) -> "Watch":
+        if self.bar is not None:
+            self.bar.start()
+            self.task = self.bar.add_task(
+                "", total=self.total, completed=self.start, loss=math.nan, rate=0.0, speed=0.0
+            )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def show(self, step: int, *, loss: float, rate: float, speed: float, seconds_left: float) -> None:
+        """The state of the run after `step`; `speed` is images a second."""
+        if self.bar is not None and self.task is not None:
+            self.bar.update(self.task, completed=step, loss=loss, rate=rate, speed=speed)
+        elif step % self.log_period == 0 or step == self.total:
+            left = f"{int(seconds_left // 60)}:{int(seconds_left % 60):02d}"
+            log.info(
+                "step %d/%d  loss %.4f  lr %.2e  %.1f images/s  %s left", step, self.total, loss, rate, speed, left
+            )

@@ -1,0 +1,93 @@
+"""Pictures of a run: grids of samples, and how often a caption's picture is the nearest one."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from PIL import Image
+
+from sdxl_eqx.config import SampleConfig
+from sdxl_eqx.data.sources import ImageFolder
+from sdxl_eqx.data.transforms import BadPicture, read_picture, resize_and_crop
+from sdxl_eqx.models.unet import UNet
+from sdxl_eqx.sampling.pipeline import SamplerConfig, generate
+from sdxl_eqx.training.setup import Run
+
+log = logging.getLogger("sdxl_eqx")
+
+
+def draw_captions(run: Run, unet: UNet, captions: Sequence[str]) -> np.ndarray:
+    """Pictures `[n, H, W, 3]` of captions, with seeds 0, 1, 2 and on."""
+    sample = run.config.sample
+    resolution = run.config.data.resolution
+    guided = sample.do_classifier_free_guidance
+    config = SamplerConfig(
+        schedule=run.parts.schedule,
+        steps=sample.num_inference_steps,
+        guidance_scale=sample.guidance_scale if guided else 1.0,
+        dtype=run.dtype,
+        compute=run.compute,
+    )
+    return generate(
+        unet,
+        jax.device_put(run.encoders),
+        run.parts.tokenize,
+        captions,
+        range(len(captions)),
+        size=(resolution, resolution),
+        config=config,
+        negative_prompt=sample.negative_prompt,
+    )
+
+
+def sample_prompts(config: SampleConfig, source: ImageFolder, n: int) -> list[str]:
+    """The prompts of n samples: the prompt, or the data set's first captions in turn where it is ''."""
+    if config.prompt:
+        return [config.prompt] * n
+    return [source.examples[i % len(source)].caption for i in range(n)]
+
+
+def grid(pictures: np.ndarray) -> Image.Image:
+    """Pictures `[n, H, W, 3]` side by side, in rows as nearly square as can be."""
+    n, h, w, _ = pictures.shape
+    columns = int(np.ceil(np.sqrt(n)))
+    rows = int(np.ceil(n / columns))
+    sheet = np.full((rows * h, columns * w, 3), 255, np.uint8)
+    for i, picture in enumerate(pictures):
+        y, x = i // columns * h, i % columns * w
+        sheet[y : y + h, x : x + w] = picture
+    return Image.fromarray(sheet)
+
+
+def training_pictures(source: ImageFolder, resolution: int) -> dict[int, np.ndarray]:
+    """Every readable picture of a source by its place, in the middle crop of that resolution."""
+    found = {}
+    rng = np.random.default_rng(0)
+    for i, example in enumerate(source.examples):
+        try:
+            picture = read_picture(example.path)
+        except BadPicture:
+            continue
+        found[i], _ = resize_and_crop(picture, resolution, center_crop=True, flip=False, rng=rng)
+    return found
+
+
+def caption_retrieval(pictures: np.ndarray, source: ImageFolder, resolution: int) -> float:
+    """For what share of the first captions the drawn picture's nearest training picture (L2 on pixels) is their own."""
+    training = training_pictures(source, resolution)
+    places = list(training)
+    stack = np.stack([training[i] for i in places]).astype(np.float32)
+    hits = 0
+    for i, picture in enumerate(pictures):
+        distance = np.square(stack - picture.astype(np.float32)).sum(axis=(1, 2, 3))
+        hits += places[int(distance.argmin())] == i
+    return hits / len(pictures)
+
+
+def save_pictures(pictures: np.ndarray, folder: Path) -> None:
+    """`00.png`, `01.png` and on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, picture in enumerate(pictures):
+        Image.fromarray(picture).save(folder / f"{i:02d}.png")

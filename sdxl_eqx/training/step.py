@@ -1,0 +1,92 @@
+"""The training step: a pure function of state, frozen parts and batch."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import optax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from sdxl_eqx.arrays import Scalar
+from sdxl_eqx.data.batch import Batch, LatentBatch
+from sdxl_eqx.diffusion.loss import denoising_loss, draw
+from sdxl_eqx.diffusion.schedule import Schedule
+from sdxl_eqx.models.sdxl import Conditioning, Encoders, cast
+from sdxl_eqx.models.unet import UNet
+from sdxl_eqx.models.vae import Moments
+from sdxl_eqx.nn.compute import Compute
+from sdxl_eqx.training.state import TrainState
+
+Metrics = dict[str, Scalar]
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """What of the config the step depends on."""
+
+    scaling_factor: float
+    """Of the VAE's latents."""
+    dtype: Any
+    """Of the computation."""
+    compute: Compute
+    ema_decay: float
+    ema_every: int
+
+
+def encode(
+    frozen: Encoders | None, batch: Batch | LatentBatch, *, config: StepConfig, key: PRNGKeyArray
+) -> tuple[Float[Array, "b h w c"], Conditioning]:
+    """(scaled latents in float32, conditioning) of a batch; what is encoded already needs no encoders."""
+    if isinstance(batch, LatentBatch):
+        moments = Moments(jnp.asarray(batch.mean), jnp.asarray(batch.logvar))
+        context, pooled = jnp.asarray(batch.context), jnp.asarray(batch.pooled)
+    elif frozen is not None:
+        pixels = jnp.asarray(batch.pixels).astype(jnp.float32) / 127.5 - 1
+        moments = frozen.vae.encode(pixels, compute=config.compute)
+        context, pooled = frozen.encode_text(
+            jnp.asarray(batch.input_ids), jnp.asarray(batch.input_ids_2), compute=config.compute
+        )
+    else:
+        raise ValueError("a batch of pictures needs encoders; give them as frozen, or train on cached latents.")
+    latents = moments.sample(key=key) * config.scaling_factor
+    cond = Conditioning(context.astype(config.dtype), pooled.astype(config.dtype), jnp.asarray(batch.time_ids))
+    return latents, cond
+
+
+def train_step(
+    state: TrainState,
+    frozen: Encoders | None,
+    batch: Batch | LatentBatch,
+    schedule: Schedule,
+    *,
+    config: StepConfig,
+    optimizer: optax.GradientTransformation,
+) -> tuple[TrainState, Metrics]:
+    """One optimizer update. The arguments fix the result, so a resumed run repeats the steps of one never stopped."""
+    encode_key, draw_key = jr.split(jr.fold_in(state.key, state.step))
+    x0, cond = encode(frozen, batch, config=config, key=encode_key)
+    b, h, w, c = x0.shape
+    eps, t = draw(schedule, (b, h, w, c), key=draw_key)
+
+    def loss_fn(unet: UNet) -> Scalar:
+        # One cast of the whole UNet, so that what FSDP gathers is the activation dtype.
+        unet = cast(unet, config.dtype)
+        return denoising_loss(unet, schedule, x0, eps, t, cond, dtype=config.dtype, compute=config.compute)
+
+    loss, grads = jax.value_and_grad(loss_fn)(state.unet)
+    updates, opt_state = optimizer.update(grads, state.opt_state, eqx.filter(state.unet, eqx.is_inexact_array))
+    unet = eqx.apply_updates(state.unet, updates)
+    step = state.step + 1
+    ema = None if state.ema is None else _average(state.ema, unet, step, config)
+    metrics = {"learning/loss": loss, "learning/grad_norm": optax.global_norm(grads)}
+    return TrainState(step, state.key, unet, opt_state, ema), metrics
+
+
+def _average(ema: UNet, unet: UNet, step: Array, config: StepConfig) -> UNet:
+    """The moving average after this step; a short run's average forgets its random start as diffusers' does."""
+    decay = jnp.minimum(config.ema_decay, (1 + step) / (10 + step))
+    decay = jnp.where(step % config.ema_every == 0, decay, 1.0)
+    return jax.tree.map(lambda a, x: (decay * a + (1 - decay) * x).astype(a.dtype), ema, unet)

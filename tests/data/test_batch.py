@@ -1,0 +1,24 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sdxl_eqx.data.batch import Batch, LatentBatch
+
+
+def test_every_leaf_of_a_batch_is_an_array_of_numpy_or_jax():
+    batch = Batch(
+        pixels=np.zeros((2, 8, 8, 3), np.uint8),
+        input_ids=np.zeros((2, 77), np.int32),
+        input_ids_2=np.zeros((2, 77), np.int32),
+        time_ids=np.zeros((2, 6), np.float32),
+    )
+    moved = jax.tree.map(jnp.asarray, batch)
+    assert isinstance(moved, Batch)
+    assert [leaf.dtype for leaf in jax.tree.leaves(moved)] == [jnp.uint8, jnp.int32, jnp.int32, jnp.float32]
+
+
+def test_a_latent_batch_shares_nothing_but_time_ids_with_a_batch():
+    names, latent_names = ({f.name for f in dataclasses.fields(kind)} for kind in (Batch, LatentBatch))
+    assert names & latent_names == {"time_ids"}

@@ -1,0 +1,185 @@
+"""The config: its defaults are the published ones, every rule of its check is needed, and YAML keeps it."""
+
+import dataclasses
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sdxl_eqx.config import TrainConfig, _rules, flat, groups, is_flat, to_yaml
+from sdxl_eqx.flags import NAMES, merge
+
+VALID = merge(TrainConfig(), {"train_data_dir": "pictures"})
+
+BAD: dict[str, list[Any]] = {
+    "run_name": ["a/b", "..", ".", "a b", "a\\b"],
+    "seed": [-1, 2**32],
+    "scan_unroll": [0, -1],
+    "learning_rate": [0.0, -1.0, math.inf, math.nan],
+    "max_train_steps": [0, -2],
+    "num_train_epochs": [0, -1],
+    "per_device_batch_size": [0.0, -0.5, math.inf, math.nan],
+    "warmup_steps_fraction": [-0.1, 1.1, math.nan],
+    "learning_rate_schedule_steps": [0, -2],
+    "adam_b1": [-0.1, 1.0, math.nan],
+    "adam_b2": [-0.1, 1.0, math.nan],
+    "adam_eps": [0.0, -1e-8, math.inf, math.nan],
+    "adam_weight_decay": [-0.1, math.inf, math.nan],
+    "max_grad_value": [0.0, math.inf, math.nan],
+    "max_grad_norm": [0.0, math.inf, math.nan],
+    "ema_decay": [-0.1, 1.0, math.nan],
+    "ema_every": [0],
+    "train_data_dir": [""],
+    "resolution": [0, 4, -8, 12],
+    "max_train_samples": [0, -2],
+    "transform_images_num_proc": [0],
+    "caption_dropout": [-0.1, 1.1, math.nan],
+    "max_bad_fraction": [-0.1, 1.1, math.nan],
+    "ici_data_parallelism": [0, -2],
+    "ici_fsdp_parallelism": [0, -2, -1],  # -1 beside the -1 of data
+    "checkpoint_every": [0, -2],
+    "checkpoints_to_keep": [0],
+    "log_period": [0],
+    "guidance_scale": [-0.1, math.inf, math.nan],
+    "num_inference_steps": [0, 1001],
+    "sample_every": [0, -2],
+    "samples_per_grid": [-1],
+    "caption_retrieval": [-1],
+}
+"""Values that each rule must refuse, by key."""
+
+GOOD: dict[str, list[Any]] = {
+    "run_name": ["", "a", "run-1.2_b"],
+    "seed": [0, 2**32 - 1],
+    "max_train_steps": [-1, 1],
+    "per_device_batch_size": [0.25],
+    "warmup_steps_fraction": [0.0, 1.0],
+    "adam_b1": [0.0],
+    "ema_decay": [0.999],
+    "resolution": [8, 1024],
+    "ici_data_parallelism": [-1, 8],
+    "ici_fsdp_parallelism": [1, 4],
+    "checkpoint_every": [-1, 1],
+    "guidance_scale": [0.0, 1.0],
+    "samples_per_grid": [0],
+}
+
+
+def test_the_table_of_bad_values_covers_every_rule():
+    assert set(BAD) == {name for name, _, _ in _rules(VALID)}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in BAD.items() for value in values])
+def test_a_rule_refuses_a_bad_value_and_names_its_flag_the_value_and_the_rule(key: str, value: Any):
+    rule = next(rule for name, rule, _ in _rules(VALID) if name == key)
+    with pytest.raises(ValueError, match=r"^--") as error:
+        merge(VALID, {key: value}).check()
+    assert str(error.value) == f"{NAMES[key].flag} {value!r}: {rule}"
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in GOOD.items() for value in values])
+def test_values_at_the_edge_of_a_rule_are_taken(key: str, value: Any):
+    merge(VALID, {key: value}).check()
+
+
+def test_the_defaults_are_complete_but_for_the_data():
+    with pytest.raises(ValueError, match=r"^--train-data-dir '': .*--config configs/tiny\.yaml"):
+        TrainConfig().check()
+    VALID.check()
+
+
+def test_sharding_over_fsdp_alone_is_allowed():
+    merge(VALID, {"ici_data_parallelism": 1, "ici_fsdp_parallelism": -1}).check()
+
+
+def test_the_published_defaults_hold():
+    published = {
+        "pretrained_model_name_or_path": "stabilityai/stable-diffusion-xl-base-1.0",
+        "weights_dtype": "float32",
+        "activations_dtype": "bfloat16",
+        "learning_rate": 4e-7,
+        "max_train_steps": 200,
+        "num_train_epochs": 1,
+        "per_device_batch_size": 2.0,
+        "adam_b1": 0.9,
+        "adam_b2": 0.999,
+        "adam_eps": 1e-8,
+        "adam_weight_decay": 1e-2,
+        "max_grad_norm": 1.0,
+        "resolution": 1024,
+        "cache_latents_text_encoder_outputs": True,
+        "checkpoint_every": -1,
+        "guidance_scale": 9.0,
+        "num_inference_steps": 20,
+    }
+    assert {key: flat(TrainConfig())[key] for key in published} == published
+
+
+def test_nothing_in_a_config_can_be_changed():
+    parts = [TrainConfig(), *groups(TrainConfig()).values()]
+    for part in parts:
+        field = dataclasses.fields(part)[0].name
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(part, field, getattr(part, field))
+
+
+def test_no_name_is_in_two_groups():
+    fields = [f.name for name, part in groups(TrainConfig()).items() if is_flat(name) for f in dataclasses.fields(part)]
+    assert len(fields) == len(set(fields))
+    assert not set(fields) & set(groups(TrainConfig()))
+
+
+def test_base_output_directory_wins_over_output_dir():
+    assert merge(VALID, {"output_dir": "a"}).run.root == "a"
+    assert merge(VALID, {"output_dir": "a", "base_output_directory": "b"}).run.root == "b"
+
+
+def test_the_token_is_in_no_repr_no_yaml_and_no_dictionary():
+    config = merge(VALID, {"hf_access_token": "hf_topsecret"})
+    for text in (repr(config), str(config), to_yaml(config), str(flat(config))):
+        assert "hf_topsecret" not in text
+    assert "hf_access_token" not in flat(config)
+
+
+def test_yaml_holds_every_published_name_but_the_token():
+    keys = set()
+    for key, value in yaml.safe_load(to_yaml(VALID)).items():
+        keys |= {f"{key}.{inner}" for inner in value} if isinstance(value, dict) else {key}
+    assert keys == set(NAMES) - {"hf_access_token"}
+
+
+def test_every_field_says_what_it_means():
+    import ast
+    import inspect
+
+    from sdxl_eqx import config
+
+    for node in ast.parse(inspect.getsource(config)).body:
+        if isinstance(node, ast.ClassDef) and node.name != "TrainConfig":
+            for field, after in zip(node.body, [*node.body[1:], None], strict=True):
+                if isinstance(field, ast.AnnAssign):
+                    text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and after.value.value
+                    assert isinstance(text, str), f"{node.name}.{ast.unparse(field.target)} has no docstring"
+                    assert len(text) > 10
+
+
+@pytest.mark.parametrize(
+    "prompt", ["\x85", "a\x85b", "\u2028", "\ufeff", "two\nlines", "\x00", "\U0001f996", "é", "yes", "~", "1e3", " "]
+)
+def test_no_prompt_is_changed_by_yaml(prompt: str):
+    assert yaml.safe_load(to_yaml(merge(VALID, {"prompt": prompt})))["prompt"] == prompt
+
+
+def test_yaml_keeps_other_scripts_readable():
+    assert "ein Schloß 城" in to_yaml(merge(VALID, {"prompt": "ein Schloß 城"}))
+
+
+@given(prompt=st.text(st.characters(exclude_categories=["Cs"])), rate=st.floats(1e-12, 1e3), steps=st.integers(1))
+def test_yaml_says_what_the_config_says(prompt: str, rate: float, steps: int):
+    config = merge(VALID, {"prompt": prompt, "learning_rate": rate, "max_train_steps": steps})
+    assert yaml.safe_load(to_yaml(config)) == flat(config)
+    assert replace(config) == config
