@@ -1,17 +1,15 @@
 """Train Stable Diffusion XL: `python scripts/train.py --help`."""
 
-import logging
 import shlex
 import sys
 
+from sdxl_eqx.console import talk
 from sdxl_eqx.flags import parse
 
 
 def main() -> int:
     """Run the command line; returns the exit code."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
-    log = logging.getLogger("sdxl_eqx")
-    log.setLevel(logging.INFO)
+    log = talk()
     config = parse(sys.argv[1:])
 
     # Imported here, so that --help and wrong flags answer at once.
@@ -21,7 +19,8 @@ def main() -> int:
     try:
         run = prepare(config)
     except ValueError as error:
-        return _fail(error)
+        log.error("error: %s", error)
+        return 2
     if isinstance(run, Finished):
         log.info("%s is finished (step %d). Train longer with --max-train-steps, or give another --run-name.",
                  run.folder, run.step)  # fmt: skip
@@ -31,7 +30,8 @@ def main() -> int:
     try:
         outcome = fit(run)
     except RunError as error:
-        return _fail(error)
+        log.error("error: %s", error)
+        return 2
     finally:
         run.checkpoints.close()
         run.folder.close()
@@ -45,11 +45,6 @@ def main() -> int:
         folder, config.checkpoint.export_dtype, folder / "tensorboard", str(folder / "export"), again,
     )  # fmt: skip
     return 0
-
-
-def _fail(error: Exception) -> int:
-    logging.getLogger("sdxl_eqx").error("error: %s", error)
-    return 2
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ PACKAGE = ROOT / "sdxl_eqx"
 ROOMS = [
     "arrays",
     "config",
+    "console",
     "flags",
     "kernels",
     "nn",

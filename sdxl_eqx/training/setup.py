@@ -129,8 +129,8 @@ def prepare(config: TrainConfig) -> Run | Finished:
 
     cut = tokenize(parts.tokenizers[0], [example.caption for example in source.examples])[1]
     log.info(
-        "%d pictures (%d captions longer than 77 tokens are cut), %d %s x %g = batches of %d, %d steps",
-        len(source), cut, mesh.size, devices[0].platform, config.optim.per_device_batch_size, batch_size, total_steps,
+        "%s: %d pictures (%d captions longer than 77 tokens are cut), %d %s x %g = batches of %d, %d steps",
+        folder.path, len(source), cut, mesh.size, devices[0].platform, config.optim.per_device_batch_size, batch_size, total_steps,
     )  # fmt: skip
     unet_key, encoders_key, state_key = jr.split(jr.key(config.run.seed), 3)
     encoders = parts.encoders(config.model, mesh, key=encoders_key)
