@@ -13,7 +13,7 @@ Annotations such as `Float[Array, "b h w c"]` use one letter a dimension:
 | `v` | vocabulary | `*b` | any leading axes |
 """
 
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -24,6 +24,7 @@ DtypeName = Literal["float32", "bfloat16", "float16"]
 Scalar = Float[Array, ""]
 
 
+@runtime_checkable  # for beartype, which tests switch on
 class Attend(Protocol):
     """Scaled dot-product attention, `softmax(q kᵀ / sqrt(d)) v`, by any implementation.
 

@@ -9,6 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+_UNSUPPORTED = (
+    "rescale_betas_zero_snr", "trained_betas", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class ScheduleConfig:
@@ -30,15 +34,19 @@ class ScheduleConfig:
             ValueError: for a schedule that is not supported, with its key and value.
         """
         default = cls()
+        if config.get("_class_name") == "EulerDiscreteScheduler":  # what diffusers takes where the key is missing
+            config = {"timestep_spacing": "linspace", **config}
         choices = {
             "beta_schedule": ("scaled_linear", "linear"),
             "prediction_type": ("epsilon", "v_prediction"),
             "timestep_spacing": ("leading", "trailing"),
+            "interpolation_type": ("linear",),
+            "final_sigmas_type": ("zero",),
         }
         for key, allowed in choices.items():
             if config.get(key, allowed[0]) not in allowed:
                 raise ValueError(f"scheduler config: {key}={config[key]!r} is not supported; choose of {allowed}.")
-        for key in ("rescale_betas_zero_snr", "trained_betas"):
+        for key in _UNSUPPORTED:
             if config.get(key):
                 raise ValueError(f"scheduler config: {key}={config[key]!r} is not supported.")
         return cls(**{key: config.get(key, getattr(default, key)) for key in cls.__dataclass_fields__})

@@ -105,8 +105,8 @@ class Embedding(eqx.Module):
 
     weight: Float[Array, "v c"]
 
-    def __init__(self, v: int, c: int, *, scale: float, key: PRNGKeyArray):
-        self.weight = scale * jr.normal(key, (v, c))
+    def __init__(self, v: int, c: int, *, key: PRNGKeyArray):
+        self.weight = jr.normal(key, (v, c))
 
 
 class Embeddings(eqx.Module):
@@ -117,10 +117,8 @@ class Embeddings(eqx.Module):
 
     def __init__(self, config: CLIPTextConfig, *, key: PRNGKeyArray):
         token_key, position_key = jr.split(key)
-        self.token_embedding = Embedding(config.vocab_size, config.hidden_size, scale=0.02, key=token_key)
-        self.position_embedding = Embedding(
-            config.max_position_embeddings, config.hidden_size, scale=0.02, key=position_key
-        )
+        self.token_embedding = Embedding(config.vocab_size, config.hidden_size, key=token_key)
+        self.position_embedding = Embedding(config.max_position_embeddings, config.hidden_size, key=position_key)
 
     def __call__(self, ids: Int[Array, "b s"]) -> Float[Array, "b s c"]:
         return self.token_embedding.weight[ids] + self.position_embedding.weight[None, : ids.shape[1]]
@@ -218,13 +216,10 @@ class CLIPText(eqx.Module):
     config: CLIPTextConfig = eqx.field(static=True)
 
     def __init__(self, config: CLIPTextConfig, *, key: PRNGKeyArray):
-        model_key, projection_key = jr.split(key)
-        self.text_model = TextTransformer(config, key=model_key)
-        self.text_projection = (
-            None
-            if config.projection_dim is None
-            else Linear(config.hidden_size, config.projection_dim, use_bias=False, key=projection_key)
-        )
+        model_key, projection_key, values_key = jr.split(key, 3)
+        c, p = config.hidden_size, config.projection_dim
+        self.text_model = _initial_values(TextTransformer(config, key=model_key), config, key=values_key)
+        self.text_projection = None if p is None else Linear(c, p, use_bias=False, key=projection_key)
         self.config = config
 
     def __call__(
@@ -252,3 +247,33 @@ class CLIPText(eqx.Module):
         if self.config.eos_token_id == 2:
             return jnp.argmax(ids, axis=1)
         return jnp.argmax(ids == self.config.eos_token_id, axis=1)
+
+
+def _initial_values(model: TextTransformer, config: CLIPTextConfig, *, key: PRNGKeyArray) -> TextTransformer:
+    """CLIP's own initial values (Radford et al. 2021; transformers `CLIPPreTrainedModel`).
+
+    With a plain dense layer's, biases drown what tells one prompt from another.
+    """
+    c = config.hidden_size
+    residual = (2 * config.num_hidden_layers) ** -0.5
+    scales = {
+        "token_embedding": 0.02,
+        "position_embedding": 0.01,
+        "q_proj": c**-0.5,
+        "k_proj": c**-0.5,
+        "v_proj": c**-0.5,
+        "out_proj": c**-0.5 * residual,
+        "fc1": (2 * c) ** -0.5,
+        "fc2": c**-0.5 * residual,
+    }
+    leaves, structure = jax.tree_util.tree_flatten_with_path(model)
+    values = []
+    for (path, leaf), leaf_key in zip(leaves, jr.split(key, len(leaves)), strict=True):
+        *_, module, name = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
+        if module not in scales:
+            values.append(leaf)
+        elif name == "bias":
+            values.append(jnp.zeros_like(leaf))
+        else:
+            values.append(scales[module] * jr.normal(leaf_key, leaf.shape))
+    return jax.tree.unflatten(structure, values)

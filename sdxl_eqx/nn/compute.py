@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import equinox as eqx
 import jax
 
 from sdxl_eqx.arrays import Attend
@@ -27,4 +28,4 @@ class Compute:
         if self.remat == "none":
             return function
         policy = jax.checkpoint_policies.dots_saveable if self.remat == "dots" else None
-        return jax.checkpoint(function, policy=policy)
+        return eqx.filter_checkpoint(function, policy=policy)  # jax.checkpoint would hash a module's arrays

@@ -64,5 +64,5 @@ class Upsample(eqx.Module):
         b, h, w, c = x.shape
         y = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
         if size is not None and size != (2 * h, 2 * w):
-            y = jax.image.resize(x, (b, *size, c), "nearest")
+            y = y[:, : size[0], : size[1]]  # PyTorch's nearest neighbour; jax.image.resize centres pixels otherwise
         return self.conv(y)

@@ -1,6 +1,6 @@
 """Samplers over one callable `(x, sigma, t) -> denoised`."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 from jaxtyping import Array, Float
@@ -10,6 +10,7 @@ from sdxl_eqx.arrays import Scalar
 Latents = Float[Array, "b h w c"]
 
 
+@runtime_checkable
 class Denoise(Protocol):
     """The picture that is expected under the noise, `x = x0 + sigma eps`, at one level for the whole batch."""
 

@@ -24,6 +24,10 @@ MARGIN = 64 * 2**20
 """Bytes that must stay free beside a checkpoint."""
 
 
+ITEMS = ("loop", "unet", "optimizer", "ema")
+"""The parts of a state as a checkpoint has them."""
+
+
 class NoSpace(Exception):
     """A checkpoint was not begun because the disk has no room for it."""
 
@@ -119,7 +123,10 @@ def load_unet(run: str | Path, *, step: int | None = None, ema: bool = True) -> 
     folder = (Path(run) / "checkpoints").absolute()
     if not folder.is_dir():
         raise ValueError(f"{run}: has no checkpoints/; give the folder of a run.")
-    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+    # Named, or Orbax neither reads the arrays' dtypes nor keeps quiet about the items that are not wanted here.
+    handlers = {"meta": ocp.JsonCheckpointHandler(), **{name: ocp.StandardCheckpointHandler() for name in ITEMS}}
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    with ocp.CheckpointManager(folder, options=options, item_handlers=handlers) as manager:
         step = manager.latest_step() if step is None else step
         if step is None or step not in manager.all_steps():
             raise ValueError(f"{folder}: has no checkpoint of step {step}; it has {sorted(manager.all_steps())}.")

@@ -55,15 +55,28 @@ def fit(run: Run) -> Outcome:
     Raises:
         RunError: with the reason and the last good checkpoint.
     """
+    try:
+        stream, frozen = _data(run)
+    except ValueError as error:
+        raise RunError(str(error)) from error
+    writer = MetricsWriter(
+        run.config.metrics, file=run.folder.metrics, tensorboard=run.folder.tensorboard,
+        run_name=run.config.run.run_name, start=int(run.state.step),
+    )  # fmt: skip
+    try:
+        return _train(run, stream, frozen, writer)
+    except jax.errors.JaxRuntimeError as error:
+        raise _explain(error, run) from error
+    finally:
+        writer.close()
+
+
+def _train(run: Run, stream: Any, frozen: Any, writer: MetricsWriter) -> Outcome:
+    """The steps that are left, and what follows the last one."""
     config = run.config
     start = int(run.state.step)
-    stream, frozen = _data(run)
     schedule = Schedule(run.parts.schedule)
     step_fn = _compile(run)
-    writer = MetricsWriter(
-        config.metrics, file=run.folder.metrics, tensorboard=run.folder.tensorboard,
-        run_name=config.run.run_name, start=start,
-    )  # fmt: skip
     writer.text("config", f"```\n{run.folder.config.read_text()}\n```")
     watch = Watch(start=start, total=run.total_steps, log_period=config.metrics.log_period)
     state = run.state
@@ -75,12 +88,9 @@ def fit(run: Run) -> Outcome:
         for n in range(start + 1, run.total_steps + 1):
             batch = _next(stream, run)
             position = stream.get_state()
-            try:
-                state, metrics = step_fn(state, frozen, _to_devices(batch, run), schedule)
-                # Read while the device works on this step: the loop never waits for the step it just began.
-                meter.flush()
-            except jax.errors.JaxRuntimeError as error:
-                raise _explain(error, run) from error
+            state, metrics = step_fn(state, frozen, _to_devices(batch, run), schedule)
+            # Read while the device works on this step: the loop never waits for the step it just began.
+            meter.flush()
             meter.put(n, metrics)
             if stop.signal or _due(n, config.checkpoint.checkpoint_every, run.batch_size):
                 meter.flush()
@@ -94,14 +104,11 @@ def fit(run: Run) -> Outcome:
     step = int(state.step)
     if stop.signal:
         run.checkpoints.wait()
-        writer.close()
         return Outcome(step, signal=stop.signal)
     if not _save(run, step, state, position or {}):
         raise RunError(f"the last checkpoint could not be saved; the run stopped after step {step}.")
     run.checkpoints.wait()
-    retrieval = _finish(run, step, state, writer)
-    writer.close()
-    return Outcome(step, retrieval=retrieval)
+    return Outcome(step, retrieval=_finish(run, step, state, writer))
 
 
 def _data(run: Run) -> tuple[Any, Any]:

@@ -5,8 +5,9 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -26,6 +27,8 @@ from sdxl_eqx.models.vae import VAE, VAEConfig
 from sdxl_eqx.parallel.specs import replicated, shardings
 from sdxl_eqx.weights.names import Place
 from sdxl_eqx.weights.read import clip_key, model_folder, read_json, read_model, weight_files
+
+C = TypeVar("C")
 
 
 @dataclass(frozen=True)
@@ -55,13 +58,11 @@ class ModelParts:
         changed = {k: v for k, v in dataclasses.asdict(scheduler).items() if v}
         parts = cls(
             folder=folder,
-            unet=UNetConfig.from_json(read_json(folder / "unet" / "config.json")),
-            vae=VAEConfig.from_json(read_json(folder / "vae" / "config.json")),
-            text=CLIPTextConfig.from_json(read_json(folder / "text_encoder" / "config.json"), projection=False),
-            text_2=CLIPTextConfig.from_json(read_json(folder / "text_encoder_2" / "config.json"), projection=True),
-            schedule=dataclasses.replace(
-                ScheduleConfig.from_json(read_json(folder / "scheduler" / "scheduler_config.json")), **changed
-            ),
+            unet=_config(UNetConfig.from_json, folder / "unet"),
+            vae=_config(VAEConfig.from_json, folder / "vae"),
+            text=_config(partial(CLIPTextConfig.from_json, projection=False), folder / "text_encoder"),
+            text_2=_config(partial(CLIPTextConfig.from_json, projection=True), folder / "text_encoder_2"),
+            schedule=ScheduleConfig.from_json({**read_json(folder / "scheduler" / "scheduler_config.json"), **changed}),
             tokenizers=load_tokenizers(folder),
         )
         parts.check()
@@ -141,6 +142,14 @@ class ModelParts:
             return jax.jit(make, out_shardings=layout)(key)
         where = iter(jax.tree.leaves(layout))
         return read_model(skeleton, files, dtype=dtype, put=lambda _, array: jax.device_put(array, next(where)))
+
+
+def _config(read: Callable[[dict[str, Any]], C], folder: Path) -> C:
+    """The config of a part."""
+    try:
+        return read(read_json(folder / "config.json"))
+    except KeyError as error:
+        raise ValueError(f"{folder / 'config.json'}: has no {error}; fetch the model's own.") from None
 
 
 def fingerprint(encoders: Encoders, parts: ModelParts) -> str:

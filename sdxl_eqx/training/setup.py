@@ -100,6 +100,10 @@ def prepare(config: TrainConfig) -> Run | Finished:
     configure_jax(config)
     devices = choose_hardware(config.run.hardware)
     mesh = make_mesh(config.parallel, devices)
+    if devices[0].platform == "cpu" and config.model.activations_dtype == "float16":
+        raise ValueError(
+            "--activations-dtype float16: XLA has no such matrix products on CPU; use float32 or bfloat16."
+        )
     batch_size = global_batch_size(config.optim.per_device_batch_size, mesh)
     data = config.data
     source = ImageFolder(
@@ -129,8 +133,8 @@ def prepare(config: TrainConfig) -> Run | Finished:
 
     cut = tokenize(parts.tokenizers[0], [example.caption for example in source.examples])[1]
     log.info(
-        "%s: %d pictures (%d captions longer than 77 tokens are cut), %d %s x %g = batches of %d, %d steps",
-        folder.path, len(source), cut, mesh.size, devices[0].platform, config.optim.per_device_batch_size, batch_size, total_steps,
+        "%s: %d pictures (%d captions longer than 77 tokens are cut), batches of %d on %d %s, %d steps",
+        folder.path, len(source), cut, batch_size, mesh.size, devices[0].platform, total_steps,
     )  # fmt: skip
     unet_key, encoders_key, state_key = jr.split(jr.key(config.run.seed), 3)
     encoders = parts.encoders(config.model, mesh, key=encoders_key)

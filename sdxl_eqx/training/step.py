@@ -81,7 +81,7 @@ def train_step(
     unet = eqx.apply_updates(state.unet, updates)
     step = state.step + 1
     ema = None if state.ema is None else _average(state.ema, unet, step, config)
-    metrics = {"learning/loss": loss, "learning/grad_norm": optax.global_norm(grads)}
+    metrics = {"learning/loss": loss, "learning/grad_norm": optax.tree.norm(grads)}
     return TrainState(step, state.key, unet, opt_state, ema), metrics
 
 

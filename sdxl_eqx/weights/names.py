@@ -31,7 +31,11 @@ class Place:
     def to_file(self, array: np.ndarray) -> dict[str, np.ndarray]:
         """The file's tensors of this array."""
         slices = list(array) if self.stacked else [array]
-        return {key: _swap(part, to_file=True) for key, part in zip(self.keys, slices, strict=True)}
+        return {key: self.one_to_file(part) for key, part in zip(self.keys, slices, strict=True)}
+
+    def one_to_file(self, part: np.ndarray) -> np.ndarray:
+        """One key's tensor, of the whole array or of one slice of a stack."""
+        return _swap(part, to_file=True)
 
     def from_file(self, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
         """The array of these tensors."""

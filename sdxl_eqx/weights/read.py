@@ -1,15 +1,15 @@
 """Models from the safetensors of a diffusers folder, local or on the Hub."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from sdxl_eqx.weights.names import Place, places
+from sdxl_eqx.weights.tensors import Tensors, open_file
 
 M = TypeVar("M")
 
@@ -122,46 +122,23 @@ def read_model(
         ValueError: for keys that are missing, unknown or held twice, wrong shapes, and files that are no safetensors.
     """
     wanted = places(skeleton)
-    handles = [_open(file) for file in files]
-    where: dict[str, Any] = {}
+    tensors: Tensors = {}
     twice = []
-    for file, handle in zip(files, handles, strict=True):
-        for stored in handle.keys():  # noqa: SIM118  (it is no dict)
+    for file in files:
+        for stored, tensor in open_file(file)[0].items():
             key = rename(stored)
-            twice += [key] if key in where else []
-            where[key] = (file, handle, stored)
-    _check(wanted, where, twice, files)
+            twice += [key] if key in tensors else []
+            tensors[key] = tensor
+    _check(wanted, tensors, twice, files)
     leaves = []
     for place in wanted:
-        tensors = {}
-        for key in place.keys:
-            file, handle, stored = where[key]
-            tensors[key] = _tensor(handle, stored, file)
-            if tensors[key].shape != place.shape:
-                raise ValueError(
-                    f"{file}: {key} has shape {tensors[key].shape}, the model's config says {place.shape}; "
-                    "config.json and weights do not belong together."
-                )
-        array = place.from_file(tensors).astype(dtype)
+        array = place.from_file({key: tensors[key].read() for key in place.keys}).astype(dtype)
         leaves.append(put(place, array) if put else jax.numpy.asarray(array))
     return jax.tree.unflatten(jax.tree.structure(skeleton), leaves)
 
 
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="numpy")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: not a whole safetensors file ({error}); fetch or save it again.") from None
-
-
-def _tensor(handle: Any, key: str, file: Path) -> np.ndarray:
-    try:
-        return handle.get_tensor(key)
-    except (SafetensorError, TypeError) as error:
-        raise ValueError(f"{file}: {key} cannot be read ({error}).") from None
-
-
-def _check(wanted: Sequence[Place], where: Mapping[str, Any], twice: Sequence[str], files: Sequence[Path]) -> None:
+def _check(wanted: Sequence[Place], where: Tensors, twice: Sequence[str], files: Sequence[Path]) -> None:
+    names = ", ".join(str(file) for file in files)
     keys = {key for place in wanted for key in place.keys}
     unknown = sorted(key for key in where if key not in keys and key.split(".")[-1] not in IGNORED)
     missing = sorted(keys - where.keys())
@@ -169,6 +146,13 @@ def _check(wanted: Sequence[Place], where: Mapping[str, Any], twice: Sequence[st
         if which:
             shown = ", ".join(which[:5]) + (f" and {len(which) - 5} more" if len(which) > 5 else "")
             raise ValueError(
-                f"{', '.join(str(f) for f in files)}: {len(which)} keys {word}: {shown}. "
+                f"{names}: {len(which)} keys {word}: {shown}. "
                 "These weights are not of the model that config.json describes."
             )
+    for place in wanted:
+        for key in place.keys:
+            if where[key].shape != place.shape:
+                raise ValueError(
+                    f"{names}: {key} has shape {where[key].shape}, the model's config says {place.shape}; "
+                    "config.json and weights do not belong together."
+                )

@@ -4,16 +4,16 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes  # noqa: F401  (numpy learns bfloat16)
 import numpy as np
-from safetensors.numpy import save_file
 
 from sdxl_eqx.models.sdxl import SDXL
-from sdxl_eqx.weights.names import places
+from sdxl_eqx.weights.names import Place, places
+from sdxl_eqx.weights.tensors import Tensor, Tensors, write_file
 
 INDEX = {
     "_class_name": "StableDiffusionXLPipeline",
@@ -31,18 +31,22 @@ INDEX = {
 }
 
 
-def file_tensors(model: Any, *, dtype: Any) -> dict[str, np.ndarray]:
-    """The tensors of a diffusers file, in its layout and in `dtype`."""
-    tensors: dict[str, np.ndarray] = {}
+def file_tensors(model: Any, *, dtype: Any) -> Tensors:
+    """The tensors of a diffusers file, in its layout and in `dtype`; each is made when it is read."""
+    tensors: Tensors = {}
     for place, leaf in zip(places(model), jax.tree.leaves(model), strict=True):
-        tensors.update(place.to_file(np.asarray(leaf).astype(dtype)))
-    return {key: np.ascontiguousarray(value) for key, value in tensors.items()}
+        for i, key in enumerate(place.keys):
+            tensors[key] = Tensor(place.shape, np.dtype(dtype), partial(_read, place, leaf, i, dtype))
+    return tensors
+
+
+def _read(place: Place, leaf: Any, i: int, dtype: Any) -> np.ndarray:
+    return place.one_to_file(np.asarray(leaf[i] if place.stacked else leaf)).astype(dtype)
 
 
 def write_model(model: Any, config: dict[str, Any], file: Path, *, dtype: Any) -> None:
     """One part of a diffusers folder: `file` (safetensors) and `config.json` beside it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(file_tensors(model, dtype=dtype), file, metadata={"format": "pt"})
+    write_file(file_tensors(model, dtype=dtype), file, metadata={"format": "pt"})
     write_json(config, file.parent / "config.json")
 
 
@@ -68,17 +72,21 @@ def write_folder(
     """
     building = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     shutil.rmtree(building, ignore_errors=True)
-    encoders = model.encoders
-    for part, module, stem in (
-        ("unet", model.unet, "diffusion_pytorch_model"),
-        ("vae", encoders.vae, "diffusion_pytorch_model"),
-        ("text_encoder", encoders.text_encoder, "model"),
-        ("text_encoder_2", encoders.text_encoder_2, "model"),
-    ):
-        write_model(module, module.config.to_json(), building / part / f"{stem}.safetensors", dtype=dtype)
-    write_json(scheduler, building / "scheduler" / "scheduler_config.json")
-    write_json({**INDEX, "force_zeros_for_empty_prompt": force_zeros}, building / "model_index.json")
-    save_tokenizers(building)
+    try:
+        encoders = model.encoders
+        for part, module, stem in (
+            ("unet", model.unet, "diffusion_pytorch_model"),
+            ("vae", encoders.vae, "diffusion_pytorch_model"),
+            ("text_encoder", encoders.text_encoder, "model"),
+            ("text_encoder_2", encoders.text_encoder_2, "model"),
+        ):
+            write_model(module, module.config.to_json(), building / part / f"{stem}.safetensors", dtype=dtype)
+        write_json(scheduler, building / "scheduler" / "scheduler_config.json")
+        write_json({**INDEX, "force_zeros_for_empty_prompt": force_zeros}, building / "model_index.json")
+        save_tokenizers(building)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
     old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     if folder.exists():
         folder.rename(old)

@@ -1,0 +1,169 @@
+"""Tensors of safetensors files, read and written one at a time, so that no file is ever whole in memory."""
+
+import json
+import os
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+"""The format's names of dtypes."""
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor that is read when it is asked for; `read` gives an array of that shape and dtype."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    @classmethod
+    def of(cls, array: np.ndarray) -> "Tensor":
+        """A tensor that is in memory already."""
+        return cls(array.shape, array.dtype, lambda: array)
+
+    def then(self, change: Callable[[np.ndarray], np.ndarray], shape: tuple[int, ...]) -> "Tensor":
+        """This tensor changed when it is read, in the same dtype."""
+        return Tensor(shape, self.dtype, lambda: change(self.read()))
+
+    def cast(self, dtype: np.dtype) -> "Tensor":
+        """This tensor in another dtype; itself in its own, and where it holds no floating-point numbers."""
+        floating = self.dtype.kind == "f" or self.dtype in _FLOATS
+        if dtype == self.dtype or not floating:
+            return self
+        return Tensor(self.shape, dtype, lambda: self.read().astype(dtype))
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+_FLOATS = (DTYPES["BF16"], DTYPES["F8_E4M3"], DTYPES["F8_E5M2"])
+
+Tensors = dict[str, Tensor]
+"""Tensors by key."""
+
+
+def open_file(file: Path) -> tuple[Tensors, dict[str, str]]:
+    """(tensors, metadata) of a safetensors file, which is mapped and not read.
+
+    Raises:
+        ValueError: where it is no whole safetensors file, saying what it is instead as far as can be seen.
+    """
+    try:
+        # The library checks the whole header: its length, the offsets and that they cover the file.
+        with safe_open(file, framework="numpy") as handle:
+            metadata = dict(handle.metadata() or {})
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{file}: {_what(file)} ({error}); fetch or save it again.") from None
+    with file.open("rb") as opened:
+        (length,) = struct.unpack("<Q", opened.read(8))
+        header = json.loads(opened.read(length))
+    data = np.memmap(file, np.uint8, "r", offset=8 + length) if file.stat().st_size > 8 + length else np.empty(0, "u1")
+    tensors: Tensors = {}
+    for key, entry in header.items():
+        if key == "__metadata__":
+            continue
+        dtype = DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise ValueError(f"{file}: {key} has dtype {entry['dtype']}, which is not supported; save it as F32.")
+        begin, end = entry["data_offsets"]
+        tensors[key] = _mapped(data, begin, end, dtype, tuple(entry["shape"]))
+    return tensors, metadata
+
+
+def _mapped(data: np.ndarray, begin: int, end: int, dtype: np.dtype, shape: tuple[int, ...]) -> Tensor:
+    return Tensor(shape, dtype, lambda: np.asarray(data[begin:end]).view(dtype).reshape(shape))
+
+
+def _what(file: Path) -> str:
+    """What a file that is no safetensors looks like."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as opened:
+            head = opened.read(512)
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    if head[:2] == b"PK" or head[:1] == b"\x80":
+        return "a PyTorch pickle under another name, which can run code when read and is never loaded"
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the file it stands for"
+    if b"<html" in head.lower() or head.lstrip().startswith(b"<!"):
+        return "a web page"
+    if size < 8:
+        return f"only {size} bytes, which is no safetensors file"
+    (length,) = struct.unpack("<Q", head[:8])
+    if length > size - 8:
+        return f"truncated or no safetensors file: its header says {length} bytes, the file has {size}"
+    return "not a whole safetensors file"
+
+
+def write_file(
+    tensors: Mapping[str, Tensor], file: Path, *, metadata: Mapping[str, str], done: Callable[[int], None] | None = None
+) -> None:
+    """Write a safetensors file, one tensor after the other; `done` is told the bytes of each.
+
+    The file appears under its name when it is whole and on the disk. Tensors lie as the format's own writer puts them:
+    wide dtypes first, then by name.
+
+    Raises:
+        OSError: where it cannot be written; nothing is left.
+    """
+    order = sorted(tensors, key=lambda key: (-tensors[key].dtype.itemsize, key))
+    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    at = 0
+    for key in order:
+        tensor = tensors[key]
+        size = tensor.nbytes
+        entries[key] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + size]}
+        at += size
+    header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    building = file.with_name(f".{file.name}.{os.getpid()}.part")
+    try:
+        with building.open("wb") as opened:
+            opened.write(struct.pack("<Q", len(header)) + header)
+            for key in order:
+                array = tensors[key].read()
+                if array.shape != tensors[key].shape or array.dtype != tensors[key].dtype:
+                    raise AssertionError(f"{key} read as {array.dtype}{array.shape}, announced otherwise")
+                for chunk in _chunks(array):
+                    opened.write(chunk)
+                if done is not None:
+                    done(tensors[key].nbytes)
+            opened.flush()
+            os.fsync(opened.fileno())
+        os.replace(building, file)
+    finally:
+        building.unlink(missing_ok=True)
+
+
+def _chunks(array: np.ndarray, size: int = 2**25) -> Iterable[memoryview]:
+    """The array's bytes in row-major order, copied at most a piece at a time where it is not contiguous."""
+    flat = array if array.flags.c_contiguous else np.ascontiguousarray(array)
+    raw = flat.reshape(-1).view(np.uint8)
+    for at in range(0, raw.size, size):
+        yield raw[at : at + size].data
