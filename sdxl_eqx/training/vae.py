@@ -39,7 +39,7 @@ class VAETrainConfig:
     """A vae/config.json for the shape of the model; '' is the tiny one."""
     resolution: int = 64
     """Side of the square that pictures are resized and cropped to."""
-    max_train_steps: int = 2400
+    max_train_steps: int = 1500
     """Optimizer updates."""
     batch_size: int = 16
     """Pictures a step."""
