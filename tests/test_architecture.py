@@ -22,6 +22,7 @@ ROOMS = [
     "parallel",
     "sampling",
     "training",
+    "conversion",
 ]
 """A file imports from its own room and from those above it in this list."""
 

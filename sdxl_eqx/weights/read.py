@@ -72,14 +72,18 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path, *, variant: str = "") -> list[Path]:
     """The safetensors of one part of a diffusers folder: one file, or the shards that its index names; [] if none.
+
+    `variant` is the word in the names of other precisions, such as fp16.
 
     Raises:
         ValueError: where only a pickle is there, or a shard is missing.
     """
     for stem in ("diffusion_pytorch_model", "model"):
-        single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+        dotted = f".{variant}" if variant else ""
+        single = folder / f"{stem}{dotted}.safetensors"
+        index = folder / f"{stem}.safetensors.index{dotted}.json"
         if single.is_file():
             return [single]
         if index.is_file():

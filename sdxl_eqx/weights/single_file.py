@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from sdxl_eqx.models.clip import CLIPTextConfig
 from sdxl_eqx.models.unet import UNetConfig
 from sdxl_eqx.models.vae import VAEConfig
 from sdxl_eqx.weights import ldm
+from sdxl_eqx.weights.model import Model
 from sdxl_eqx.weights.tensors import Tensor, Tensors, open_file, write_file
 
 METADATA = "sdxl_eqx.config"
@@ -25,22 +25,6 @@ LEFT_OUT = ("logit_scale", "position_ids")
 
 STRANGERS = ("model_ema.", "alphas_cumprod", "betas", "sqrt_", "log_one_minus", "posterior_", "denoiser.", "logvar")
 """Starts of keys of training code, which are no weights of the model."""
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model under diffusers' names, whatever file it came from; its tensors are read when they are asked for."""
-
-    parts: dict[str, Tensors]
-    """`unet`, `vae`, `text_encoder`, `text_encoder_2`: those that there are."""
-    configs: dict[str, dict[str, Any]]
-    """Each part's JSON config, and that of `scheduler`."""
-    left_out: tuple[str, ...] = ()
-    """Keys of the file that have no place here."""
-    tokenizers: Path | None = None
-    """The folder that has the model's own tokenizers; None for SDXL's."""
-    extra: dict[str, Any] = field(default_factory=dict)
-    """What else `model_index.json` says."""
 
 
 def read_single_file(file: Path, *, configs: Mapping[str, dict[str, Any]] | None = None) -> Model:

@@ -1,0 +1,87 @@
+import json
+import logging
+import math
+
+import pytest
+
+from sdxl_eqx.config import MetricsConfig
+from sdxl_eqx.training.metrics import MetricsWriter, Watch, cut_after
+
+
+def record(step, **values):
+    return json.dumps({"step": step, "run_name": "x", **values})
+
+
+def test_what_lies_past_the_checkpoint_and_a_torn_line_are_cut(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    kept = [record(n, **{"learning/loss": n / 10}) for n in range(1, 4)]
+    evaluation = record(3, **{"eval/caption_retrieval": 0.5})
+    past = [record(n, **{"learning/loss": n / 10}) for n in (4, 5)]
+    file.write_text("\n".join([*kept, evaluation, *past, past[0][:20]]))
+    cut_after(file, 3)
+    assert file.read_text() == "".join(f"{line}\n" for line in kept)
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_an_evaluation_before_the_checkpoint_stays(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    lines = [record(2, **{"learning/loss": 1.0}), record(2, **{"eval/caption_retrieval": 0.5})]
+    file.write_text("\n".join(lines))
+    cut_after(file, 3)
+    assert file.read_text().splitlines() == lines
+
+
+def test_a_file_that_is_not_there_is_no_error(tmp_path):
+    cut_after(tmp_path / "metrics.jsonl", 3)
+    assert not list(tmp_path.iterdir())
+
+
+def writer(tmp_path, start=0, **options):
+    return MetricsWriter(
+        MetricsConfig(**options),
+        file=tmp_path / "metrics.jsonl",
+        tensorboard=tmp_path / "tensorboard",
+        run_name="x",
+        start=start,
+    )
+
+
+def test_a_record_is_whole_in_the_file_as_soon_as_it_is_written(tmp_path):
+    metrics = writer(tmp_path, metrics_file=str(tmp_path / "copies" / "copy.jsonl"))
+    metrics.write(1, {"learning/loss": 0.5, "learning/grad_norm": math.nan, "x": math.inf})
+    lines = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(lines) == {
+        "step": 1,
+        "run_name": "x",
+        "learning/loss": 0.5,
+        "learning/grad_norm": "nan",
+        "x": "inf",
+    }
+    assert (tmp_path / "copies" / "copy.jsonl").read_text() == lines
+    metrics.close()
+
+
+def test_a_resumed_run_writes_after_what_it_kept(tmp_path):
+    for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+        metrics = writer(tmp_path, start)
+        for n in steps:
+            metrics.write(n, {"learning/loss": start + n / 10})
+        metrics.close()
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["step"], r["learning/loss"]) for r in records] == [(1, 0.1), (2, 0.2), (3, 2.3), (4, 2.4)]
+
+
+def test_nothing_is_written_where_nothing_is_asked_for(tmp_path):
+    metrics = writer(tmp_path, write_metrics=False)
+    metrics.write(1, {"learning/loss": 0.5})
+    metrics.close()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("step", "shown"), [(9, False), (10, True), (12, True)])
+def test_without_a_terminal_a_line_stands_for_the_bar_each_period_and_at_the_end(step, shown, caplog):
+    caplog.set_level(logging.INFO)
+    with Watch(start=0, total=12, log_period=10) as watch:
+        watch.show(step, loss=0.5, rate=1e-3, speed=20.0, seconds_left=65.0)
+    messages = [r.getMessage() for r in caplog.records]
+    assert messages == ([f"step {step}/12  loss 0.5000  lr 1.00e-03  20.0 images/s  1:05 left"] if shown else [])

@@ -1,0 +1,94 @@
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from tiny_step import QUICK, assert_equal, begin, function, step_config, words
+
+from sdxl_eqx.training.step import encode
+
+
+def test_the_step_is_pure(unet, latents, schedule, step):
+    state = begin(unet)
+    before = words(state)
+    first = step(state, None, latents, schedule)
+    second = step(state, None, latents, schedule)
+    assert_equal(first, second)
+    for x, y in zip(before, words(state), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_a_step_moves_every_array_of_the_unet_and_counts(unet, latents, schedule, step):
+    state = begin(unet)
+    after, metrics = step(state, None, latents, schedule)
+    assert int(after.step) == 1
+    assert metrics.keys() == {"learning/loss", "learning/grad_norm"}
+    same = [np.array_equal(x, y) for x, y in zip(words(unet), words(after.unet), strict=True)]
+    assert not any(same)
+    assert_equal(state.key, after.key)
+
+
+def test_the_draws_of_a_step_follow_from_key_and_step_number(unet, latents, schedule, step):
+    state = begin(unet)
+    _, metrics = step(state, None, latents, schedule)
+    later = eqx.tree_at(lambda s: s.step, state, jnp.int32(1))
+    _, of_later = step(later, None, latents, schedule)
+    other = eqx.tree_at(lambda s: s.key, state, jr.key(8))
+    _, of_other = step(other, None, latents, schedule)
+    losses = {float(m["learning/loss"]) for m in (metrics, of_later, of_other)}
+    assert len(losses) == 3
+
+
+def test_no_key_is_used_twice(unet, batch, encoders, schedule):
+    with jax.debug_key_reuse(True):
+        jax.eval_shape(function(), begin(unet), encoders, batch, schedule)
+        jax.make_jaxpr(function())(begin(unet), encoders, batch, schedule)
+
+
+def test_the_loss_falls_on_one_batch_with_one_draw(unet, latents, schedule, step):
+    state = begin(unet)
+    losses = []
+    for _ in range(40):
+        state, metrics = step(eqx.tree_at(lambda s: s.step, state, jnp.int32(0)), None, latents, schedule)
+        losses.append(float(metrics["learning/loss"]))
+    assert min(losses[-5:]) < 0.7 * losses[0]
+
+
+def test_pictures_and_cached_latents_give_the_same_step(unet, batch, latents, encoders, schedule, step):
+    uncached = jax.jit(function(), compiler_options=QUICK)
+    one, two = begin(unet), begin(unet)
+    for _ in range(2):
+        one, of_one = step(one, None, latents, schedule)
+        two, of_two = uncached(two, encoders, batch, schedule)
+        for name in of_one:
+            np.testing.assert_allclose(of_one[name], of_two[name], rtol=1e-5, atol=1e-5)
+
+
+def test_pictures_without_encoders_are_refused(batch):
+    with pytest.raises(ValueError, match="needs encoders"):
+        encode(None, batch, config=step_config(), key=jr.key(0))
+
+
+def test_the_average_follows_its_formula(unet, latents, schedule, step):
+    state = begin(unet)
+    expected = np.asarray(unet.conv_in.weight, np.float64)
+    for n in range(1, 6):
+        state, _ = step(state, None, latents, schedule)
+        if n % 2 == 0:
+            decay = min(0.9, (1 + n) / (10 + n))
+            expected = decay * expected + (1 - decay) * np.asarray(state.unet.conv_in.weight, np.float64)
+        np.testing.assert_allclose(state.ema.conv_in.weight, expected, rtol=1e-6, atol=1e-7)
+    assert state.best is state.ema
+
+
+def test_bfloat16_activations_keep_the_state_in_float32(unet, latents, schedule, step):
+    state = begin(unet)
+    config = step_config(jnp.bfloat16)
+    after, metrics = jax.jit(function(config), compiler_options=QUICK)(state, None, latents, schedule)
+    assert {x.dtype for x in jax.tree.leaves((after.unet, after.ema))} == {jnp.dtype(jnp.float32)}
+    floats = [x for x in jax.tree.leaves(after.opt_state) if jnp.issubdtype(x.dtype, jnp.floating)]
+    assert floats and {x.dtype for x in floats} == {jnp.dtype(jnp.float32)}
+    _, exact = step(state, None, latents, schedule)
+    assert metrics["learning/loss"].dtype == jnp.float32
+    assert 0 < abs(float(metrics["learning/loss"] - exact["learning/loss"])) < 0.05
