@@ -58,6 +58,7 @@ class VAEConfig:
             layers_per_block=1,
             norm_num_groups=4,
             sample_size=64,
+            scaling_factor=0.7967,
             force_upcast=False,
         )
 

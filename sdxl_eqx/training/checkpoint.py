@@ -28,8 +28,8 @@ ITEMS = ("loop", "unet", "optimizer", "ema")
 """The parts of a state as a checkpoint has them."""
 
 
-class NoSpace(Exception):
-    """A checkpoint was not begun because the disk has no room for it."""
+class NotSaved(Exception):
+    """A checkpoint was not written; those that were there before are whole."""
 
 
 @dataclass(frozen=True)
@@ -63,15 +63,15 @@ class Checkpoints:
         """Begin to write a checkpoint; returns as soon as the arrays are copied, so the state may be donated.
 
         Raises:
-            NoSpace: where the disk has too little room; nothing is written and the checkpoints there stay.
+            NotSaved: where the disk has too little room, or the one before could not be written.
         """
         if step == self.latest():
             return
-        self.manager.wait_until_finished()
+        self.wait()
         needed = sum(x.nbytes for x in jax.tree.leaves(state) if not _is_key(x)) + MARGIN
         free = shutil.disk_usage(self.folder).free
         if free < needed:
-            raise NoSpace(
+            raise NotSaved(
                 f"no checkpoint of step {step}: it needs {needed / 2**30:.2f} GiB, {self.folder} has "
                 f"{free / 2**30:.2f} GiB left. The last good checkpoint is that of step {self.latest()}. "
                 "Free space, or lower --checkpoints-to-keep."
@@ -106,8 +106,15 @@ class Checkpoints:
         return _from_items(items, like)
 
     def wait(self) -> None:
-        """Until what was begun is written."""
-        self.manager.wait_until_finished()
+        """Until what was begun is written.
+
+        Raises:
+            NotSaved: where it could not be.
+        """
+        try:
+            self.manager.wait_until_finished()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise NotSaved(f"{self.folder}: a checkpoint could not be written ({error}).") from error
 
     def close(self) -> None:
         """Wait, and end the writer's threads."""
@@ -125,7 +132,7 @@ def load_unet(run: str | Path, *, step: int | None = None, ema: bool = True) -> 
         raise ValueError(f"{run}: has no checkpoints/; give the folder of a run.")
     # Named, or Orbax neither reads the arrays' dtypes nor keeps quiet about the items that are not wanted here.
     handlers = {"meta": ocp.JsonCheckpointHandler(), **{name: ocp.StandardCheckpointHandler() for name in ITEMS}}
-    options = ocp.CheckpointManagerOptions(read_only=True)
+    options = ocp.CheckpointManagerOptions(create=False)
     with ocp.CheckpointManager(folder, options=options, item_handlers=handlers) as manager:
         step = manager.latest_step() if step is None else step
         if step is None or step not in manager.all_steps():

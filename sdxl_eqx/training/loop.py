@@ -4,10 +4,9 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -16,19 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdxl_eqx.data.batch import Batch, LatentBatch
-from sdxl_eqx.data.cache import cache_key, cached_reader, open_cache, write_cache
-from sdxl_eqx.data.loader import BadItems, make_stream, picture_reader, to_batch
+from sdxl_eqx.data.loader import to_batch
 from sdxl_eqx.data.tokenizer import save_tokenizers
 from sdxl_eqx.diffusion.schedule import Schedule
 from sdxl_eqx.models.sdxl import SDXL
 from sdxl_eqx.parallel.mesh import batch_sharding
 from sdxl_eqx.parallel.specs import replicated, shardings
-from sdxl_eqx.training.checkpoint import NoSpace
+from sdxl_eqx.training.checkpoint import NotSaved
+from sdxl_eqx.training.feed import feed
 from sdxl_eqx.training.flops import unet_training_flops
 from sdxl_eqx.training.metrics import MetricsWriter, Watch
-from sdxl_eqx.training.parts import fingerprint
 from sdxl_eqx.training.setup import Run
 from sdxl_eqx.training.showing import caption_retrieval, draw_captions, grid, sample_prompts, save_pictures
+from sdxl_eqx.training.state import TrainState
 from sdxl_eqx.training.step import train_step
 from sdxl_eqx.weights.write import write_folder
 
@@ -56,7 +55,7 @@ def fit(run: Run) -> Outcome:
         RunError: with the reason and the last good checkpoint.
     """
     try:
-        stream, frozen = _data(run)
+        stream, frozen = feed(run)
     except ValueError as error:
         raise RunError(str(error)) from error
     writer = MetricsWriter(
@@ -84,88 +83,29 @@ def _train(run: Run, stream: Any, frozen: Any, writer: MetricsWriter) -> Outcome
     position = run.data_position
     meter = _Meter(run, writer, watch)
 
-    with _Stop() as stop, watch, jax.sharding.set_mesh(run.mesh):
-        for n in range(start + 1, run.total_steps + 1):
-            batch = _next(stream, run)
-            position = stream.get_state()
-            state, metrics = step_fn(state, frozen, _to_devices(batch, run), schedule)
-            # Read while the device works on this step: the loop never waits for the step it just began.
+    with _Stop() as stop, jax.sharding.set_mesh(run.mesh):
+        with watch:
+            for n in range(start + 1, run.total_steps + 1):
+                batch = _next(stream, run)
+                position = stream.get_state()
+                state, metrics = step_fn(state, frozen, _to_devices(batch, run), schedule)
+                # Read while the device works on this step: the loop never waits for the step it just began.
+                meter.flush()
+                meter.put(n, metrics)
+                if stop.signal:
+                    break
+                if _due(n, config.checkpoint.checkpoint_every, run.batch_size):
+                    meter.flush()
+                    _save(run, n, state, position)
+                if _due(n, config.sample.sample_every, run.batch_size) and n < run.total_steps:
+                    meter.flush()
+                    _show(run, n, state, writer)
             meter.flush()
-            meter.put(n, metrics)
-            if stop.signal or _due(n, config.checkpoint.checkpoint_every, run.batch_size):
-                meter.flush()
-                _save(run, n, state, position)
-            if stop.signal:
-                break
-            if _due(n, config.sample.sample_every, run.batch_size) and n < run.total_steps:
-                meter.flush()
-                _show(run, n, state, writer)
-        meter.flush()
-    step = int(state.step)
-    if stop.signal:
-        run.checkpoints.wait()
-        return Outcome(step, signal=stop.signal)
-    if not _save(run, step, state, position or {}):
-        raise RunError(f"the last checkpoint could not be saved; the run stopped after step {step}.")
-    run.checkpoints.wait()
-    return Outcome(step, retrieval=_finish(run, step, state, writer))
-
-
-def _data(run: Run) -> tuple[Any, Any]:
-    """(stream of batches at the run's position, frozen encoders or None where the batches are encoded already)."""
-    config = run.config
-    bad = BadItems(len(run.source), config.data.max_bad_fraction)
-    common = {
-        "batch_size": run.batch_size // jax.process_count(),
-        "seed": config.run.seed,
-        "shuffle": config.data.enable_data_shuffling,
-        "num_threads": config.data.transform_images_num_proc,
-        "process_index": jax.process_index(),
-        "process_count": jax.process_count(),
-        "bad": bad,
-    }
-    frozen = None
-    if config.data.cache_latents_text_encoder_outputs:
-        cached = _cache(run, bad)
-        read = cached_reader(config.data.caption_dropout, config.data.random_flip, cached.empty)
-        stream = make_stream(cached, read, **common)
-        # The encoders wait in host memory until there are pictures to draw.
-        run.encoders = jax.device_get(run.encoders)
-    else:
-        stream = make_stream(run.source, picture_reader(config.data, run.parts.tokenizers), **common)
-        frozen = run.encoders
-    if run.data_position:
-        stream.set_state(run.data_position)
-    return stream, frozen
-
-
-def _cache(run: Run, bad: BadItems) -> Any:
-    """The encoded data set: the one that is there, or a new one."""
-    config = run.config
-    folder = Path(config.data.dataset_save_location or run.folder.path / "cache")
-    key = cache_key(run.source, fingerprint(run.encoders, run.parts), config.data, config.run.seed)
-    cached = open_cache(folder, key)
-    if cached is None:
-        encoders = run.encoders
-        pictures = jax.jit(lambda e, x: e.vae.encode(x.astype(jnp.float32) / 127.5 - 1))
-        captions = jax.jit(lambda e, ids, ids_2: e.encode_text(ids, ids_2))
-        began = time.perf_counter()
-
-        def encode_pictures(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            moments = pictures(encoders, pixels)
-            return np.asarray(moments.mean), np.asarray(moments.logvar)
-
-        def encode_captions(ids: np.ndarray, ids_2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            context, pooled = captions(encoders, ids, ids_2)
-            return np.asarray(context), np.asarray(pooled)
-
-        cached = write_cache(
-            run.source, folder, key=key, encode_pictures=encode_pictures, encode_captions=encode_captions,
-            tokenizers=run.parts.tokenizers, config=config.data, seed=config.run.seed,
-            batch_size=min(8, len(run.source)), bad=bad,
-        )  # fmt: skip
-        log.info("encoded %d samples once in %.1f s: %s", len(cached), time.perf_counter() - began, cached.path)
-    return cached
+        step = int(state.step)
+        if not (_save(run, step, state, position or {}) and _written(run)):
+            raise RunError(f"the checkpoint of step {step}, where the run stopped, could not be saved.")
+        retrieval = None if stop.signal else _finish(run, step, state, writer, stop)
+    return Outcome(step, stop.signal, retrieval)
 
 
 def _compile(run: Run) -> Callable[..., Any]:
@@ -198,18 +138,28 @@ def _due(n: int, every: int, batch_size: int) -> bool:
     return every > 0 and n * batch_size // every > (n - 1) * batch_size // every
 
 
-def _save(run: Run, n: int, state: Any, position: dict[str, Any]) -> bool:
+def _save(run: Run, n: int, state: TrainState, position: dict[str, Any]) -> bool:
     """Whether a checkpoint of step n is being written; a full disk costs that one alone, and is said loudly."""
     try:
         run.checkpoints.save(n, state, run.saved(position))
-    except (NoSpace, OSError) as error:
+    except (NotSaved, OSError) as error:
+        log.error("%s", error)
+        return False
+    return True
+
+
+def _written(run: Run) -> bool:
+    """Whether what was begun to be saved is whole."""
+    try:
+        run.checkpoints.wait()
+    except NotSaved as error:
         log.error("%s", error)
         return False
     return True
 
 
 def _last_good(run: Run) -> str:
-    run.checkpoints.wait()
+    _written(run)
     step = run.checkpoints.latest()
     return "No checkpoint was written." if step is None else f"The last good checkpoint is that of step {step}."
 
@@ -224,13 +174,16 @@ def _explain(error: Exception, run: Run) -> Exception:
     )
 
 
-def _show(run: Run, n: int, state: Any, writer: MetricsWriter) -> None:
+def _show(run: Run, n: int, state: TrainState, writer: MetricsWriter) -> None:
     """Draw a grid of samples."""
     sample = run.config.sample
     if sample.samples_per_grid == 0:
         return
     prompts = sample_prompts(sample, run.source, sample.samples_per_grid)
-    sheet = grid(draw_captions(run, state.best, prompts))
+    pictures = _drawn(run, state, prompts)
+    if pictures is None:
+        return
+    sheet = grid(pictures)
     run.folder.samples.mkdir(exist_ok=True)
     file = run.folder.samples / f"step_{n:06d}.png"
     sheet.save(file)
@@ -238,28 +191,48 @@ def _show(run: Run, n: int, state: Any, writer: MetricsWriter) -> None:
     log.info("step %d: samples in %s", n, file)
 
 
-def _finish(run: Run, step: int, state: Any, writer: MetricsWriter) -> float | None:
-    """The last samples, caption retrieval and the export."""
-    config = run.config
+def _drawn(run: Run, state: TrainState, prompts: Sequence[str]) -> np.ndarray | None:
+    """Pictures of prompts; None, said loudly, where the weights no longer give any."""
+    try:
+        return draw_captions(run, state.best, prompts)
+    except ValueError as error:
+        log.error("no samples: %s", error)
+        return None
+
+
+def _finish(run: Run, step: int, state: TrainState, writer: MetricsWriter, stop: "_Stop") -> float | None:
+    """The last samples, caption retrieval and the export; a signal ends it between two of them."""
     _show(run, step, state, writer)
-    retrieval = None
-    n = min(config.sample.caption_retrieval, len(run.source))
-    if n:
-        pictures = draw_captions(run, state.best, [example.caption for example in run.source.examples[:n]])
-        save_pictures(pictures, run.folder.evaluation)
-        retrieval = caption_retrieval(pictures, run.source, config.data.resolution)
-        writer.write(step, {"eval/caption_retrieval": retrieval})
-        log.info(
-            "caption retrieval %.4f: of %d captions drawn, %d are nearest to their own picture (%s)",
-            retrieval, n, round(retrieval * n), run.folder.evaluation,
-        )  # fmt: skip
-    write_folder(
-        SDXL(state.best, run.encoders),
-        run.parts.schedule.to_json(),
-        partial(save_tokenizers, run.parts.tokenizers),
-        run.folder.export,
-        dtype=jnp.dtype(config.checkpoint.export_dtype),
-    )
+    retrieval = None if stop.signal else _retrieve(run, step, state, writer)
+    if stop.signal:
+        return retrieval
+    try:
+        write_folder(
+            SDXL(state.best, run.encoders),
+            run.parts.schedule.to_json(),
+            partial(save_tokenizers, run.parts.tokenizers),
+            run.folder.export,
+            dtype=jnp.dtype(run.config.checkpoint.export_dtype),
+        )
+        run.folder.finish(step)
+    except OSError as error:
+        raise RunError(f"the export could not be written ({error}); free space and run the same again.") from error
+    return retrieval
+
+
+def _retrieve(run: Run, step: int, state: TrainState, writer: MetricsWriter) -> float | None:
+    """Caption retrieval, its pictures and its record."""
+    n = min(run.config.sample.caption_retrieval, len(run.source))
+    pictures = _drawn(run, state, [example.caption for example in run.source.examples[:n]]) if n else None
+    if pictures is None:
+        return None
+    save_pictures(pictures, run.folder.evaluation)
+    retrieval = caption_retrieval(pictures, run.source, run.config.data.resolution)
+    writer.write(step, {"eval/caption_retrieval": retrieval})
+    log.info(
+        "caption retrieval %.4f: of %d captions drawn, %d are nearest to their own picture (%s)",
+        retrieval, n, round(retrieval * n), run.folder.evaluation,
+    )  # fmt: skip
     return retrieval
 
 

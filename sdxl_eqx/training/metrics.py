@@ -16,10 +16,11 @@ from sdxl_eqx.config import MetricsConfig
 log = logging.getLogger("sdxl_eqx")
 
 
-def cut_after(file: Path, step: int) -> None:
+def cut_after(file: Path, step: int, run_name: str) -> None:
     """Take out of a metrics file what lies past a checkpoint and will be written again, and a torn last line.
 
-    Evaluations belong after the checkpoint of their step, so those of `step` itself go too.
+    Evaluations belong after the checkpoint of their step, so those of `step` itself go too. Records of other runs, with
+    whom a run may share a file, stay.
     """
     if not file.exists():
         return
@@ -29,7 +30,8 @@ def cut_after(file: Path, step: int) -> None:
             record = json.loads(line)
         except ValueError:
             continue
-        if record["step"] < step or (record["step"] == step and "learning/loss" in record):
+        before = record["step"] < step or (record["step"] == step and "learning/loss" in record)
+        if before or record.get("run_name", run_name) != run_name:
             kept.append(line)
     building = file.with_name(f".{file.name}.part")
     building.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
@@ -48,7 +50,7 @@ class MetricsWriter:
             copies = [Path(config.metrics_file)] if config.metrics_file else []
             for path in [file, *copies]:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                cut_after(path, start)
+                cut_after(path, start, run_name)
                 self.files.append(path.open("a", encoding="utf-8", buffering=1))
             self.board = SummaryWriter(str(tensorboard), purge_step=start + 1 if start else None, max_queue=10**6)
 

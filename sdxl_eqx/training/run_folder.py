@@ -52,8 +52,20 @@ class RunFolder:
 
     @property
     def export(self) -> Path:
-        """The diffusers folder; written last, so where it is the run is finished."""
+        """The diffusers folder."""
         return self.path / "export"
+
+    @property
+    def finished_step(self) -> int:
+        """The step at which the run was finished last, export and all; 0 where it never was."""
+        try:
+            return int((self.path / "finished").read_text())
+        except (FileNotFoundError, ValueError):
+            return 0
+
+    def finish(self, step: int) -> None:
+        """Note that everything of a run that ends at `step` is written."""
+        (self.path / "finished").write_text(f"{step}\n")
 
     @property
     def samples(self) -> Path:

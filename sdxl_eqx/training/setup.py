@@ -126,7 +126,7 @@ def prepare(config: TrainConfig) -> Run | Finished:
     saved = None if step is None else checkpoints.saved(step)
     if step is not None and saved is not None:
         _check_same_model(saved, parts, folder)
-        if step >= total_steps and folder.export.is_dir():
+        if step >= total_steps and folder.finished_step == step:
             checkpoints.close()
             folder.close()
             return Finished(folder.path, step)

@@ -401,7 +401,7 @@ def test_a_full_disk_costs_neither_the_last_good_checkpoint_nor_the_run(
         patch.setattr(shutil, "disk_usage", full)
         code, said = main(*flags(), uncached, "--checkpoint-every", "16")
     assert code == 2, said
-    assert "no checkpoint of step 4" in said and "the run stopped after step 6" in said
+    assert "no checkpoint of step 4" in said and "the checkpoint of step 6" in said
     assert sum(line.startswith("error: ") for line in said.splitlines()) == 1
     folder = tmp_path / "outputs" / "run"
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["2"]

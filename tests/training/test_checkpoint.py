@@ -17,7 +17,7 @@ from sdxl_eqx.models.unet import UNet
 from sdxl_eqx.parallel import specs
 from sdxl_eqx.parallel.mesh import make_mesh
 from sdxl_eqx.parallel.specs import shardings
-from sdxl_eqx.training.checkpoint import Checkpoints, NoSpace, Saved, load_unet
+from sdxl_eqx.training.checkpoint import Checkpoints, NotSaved, Saved, load_unet
 from sdxl_eqx.training.state import new_state
 
 # When a restore fails, Orbax leaves reads that it never began, which complain when they are collected.
@@ -152,7 +152,7 @@ def test_a_full_disk_leaves_the_checkpoints_there_as_they_are(state, checkpoints
     needed = sum(array.nbytes for array in words(state))
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))
-        with pytest.raises(NoSpace, match=r"no checkpoint of step 4.*last good checkpoint is that of step 2\."):
+        with pytest.raises(NotSaved, match=r"no checkpoint of step 4.*last good checkpoint is that of step 2\."):
             checkpoints.save(4, state, SAVED)
         assert checkpoints.latest() == 2
         assert_equal(checkpoints.restore(2, shapes(state)), state)

@@ -18,7 +18,7 @@ def test_what_lies_past_the_checkpoint_and_a_torn_line_are_cut(tmp_path):
     evaluation = record(3, **{"eval/caption_retrieval": 0.5})
     past = [record(n, **{"learning/loss": n / 10}) for n in (4, 5)]
     file.write_text("\n".join([*kept, evaluation, *past, past[0][:20]]))
-    cut_after(file, 3)
+    cut_after(file, 3, "x")
     assert file.read_text() == "".join(f"{line}\n" for line in kept)
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
@@ -27,12 +27,20 @@ def test_an_evaluation_before_the_checkpoint_stays(tmp_path):
     file = tmp_path / "metrics.jsonl"
     lines = [record(2, **{"learning/loss": 1.0}), record(2, **{"eval/caption_retrieval": 0.5})]
     file.write_text("\n".join(lines))
-    cut_after(file, 3)
+    cut_after(file, 3, "x")
     assert file.read_text().splitlines() == lines
 
 
+def test_records_of_another_run_in_the_same_file_stay(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    other = json.dumps({"step": 9, "run_name": "y", "learning/loss": 1.0})
+    file.write_text("\n".join([record(9, **{"learning/loss": 1.0}), other]))
+    cut_after(file, 3, "x")
+    assert file.read_text().splitlines() == [other]
+
+
 def test_a_file_that_is_not_there_is_no_error(tmp_path):
-    cut_after(tmp_path / "metrics.jsonl", 3)
+    cut_after(tmp_path / "metrics.jsonl", 3, "x")
     assert not list(tmp_path.iterdir())
 
 
