@@ -209,7 +209,7 @@ def _check(config: TrainConfig, file: str, values: Mapping[str, Any], flags: Map
             if flags.get(key, False) is not False:  # a switch turned off asks for nothing
                 raise FlagError(f"{name.flag} {flags[key]!r} has no effect here: {switch.remedy}, or leave it out")
             default = getattr(getattr(defaults, name.group), name.field)
-            if key not in flags and values.get(key, default) not in (default, False):
+            if key not in flags and values.get(key, default) != default:
                 log.warning("%s: %s: %r has no effect here: %s", file, key, values[key], switch.remedy)
 
 
