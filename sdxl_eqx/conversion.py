@@ -6,16 +6,21 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import jax
 import numpy as np
 import tyro
 
 from sdxl_eqx.data.assets import resolve
 from sdxl_eqx.data.tokenizer import load_tokenizers, save_tokenizers
-from sdxl_eqx.weights.folder import read_folder, read_part, write_folder_of
+from sdxl_eqx.models.clip import CLIPText, CLIPTextConfig
+from sdxl_eqx.models.unet import UNet, UNetConfig
+from sdxl_eqx.models.vae import VAE, VAEConfig
+from sdxl_eqx.weights.folder import read_folder, read_part, write_folder
 from sdxl_eqx.weights.model import PARTS, Model
-from sdxl_eqx.weights.read import model_folder, read_json
+from sdxl_eqx.weights.names import places
+from sdxl_eqx.weights.read import check_keys, model_folder, read_json
 from sdxl_eqx.weights.single_file import read_single_file, write_single_file
 from sdxl_eqx.weights.tensors import DTYPES, open_file
 
@@ -57,6 +62,7 @@ def convert(config: ConvertConfig) -> None:
         raise ValueError(f"{dst}: a single file is named *.safetensors.")
     began = time.perf_counter()
     model = open_model(config)
+    check(model, config.src)
     if model.left_out:
         log.info("left out, as no model here has them: %s", ", ".join(model.left_out))
     if config.dtype != "keep":
@@ -64,7 +70,7 @@ def convert(config: ConvertConfig) -> None:
     if config.to == "single-file":
         write_single_file(model, dst)
     else:
-        write_folder_of(model, dst, save_tokenizers=partial(_save_tokenizers, model), overwrite=config.overwrite)
+        write_folder(model, dst, save_tokenizers=partial(_save_tokenizers, model), overwrite=config.overwrite)
     seconds = time.perf_counter() - began
     log.info("%s: %.2f GB in %.1f s (%s)", dst, model.nbytes / 1e9, seconds, ", ".join(model.parts))
 
@@ -94,6 +100,27 @@ def open_model(config: ConvertConfig) -> Model:
     if config.src.startswith("asset:"):
         return read_folder(resolve(config.src), variant=config.variant)
     return read_folder(model_folder(config.src, revision=config.revision), variant=config.variant)
+
+
+def check(model: Model, source: str) -> None:
+    """Check every key and shape of a model against its configs.
+
+    Raises:
+        ValueError: naming the keys that are missing, unknown or of another shape.
+    """
+    for part, tensors in model.parts.items():
+        config = model.configs[part]
+        shapes = jax.eval_shape(partial(_module, part, config))
+        check_keys(places(shapes), tensors, source=f"{source} ({part})")
+
+
+def _module(part: str, config: dict[str, Any]) -> Any:
+    key = jax.random.key(0)
+    if part == "unet":
+        return UNet(UNetConfig.from_json(config), key=key)
+    if part == "vae":
+        return VAE(VAEConfig.from_json(config), key=key)
+    return CLIPText(CLIPTextConfig.from_json(config, projection=part == "text_encoder_2"), key=key)
 
 
 def _diffusers_unet(file: Path, configs: dict[str, dict]) -> Model:

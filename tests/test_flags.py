@@ -577,3 +577,11 @@ def test_no_help_and_no_log_line_shows_the_token(
     shown = "".join(capsys.readouterr())
     assert all(TOKEN not in text for text in (shown, caplog.text, repr(config), to_yaml(config), str(flat(config))))
     assert caplog.records
+
+
+def test_the_readme_lists_every_flag_and_no_other():
+    readme = (flags.REPOSITORY / "README.md").read_text(encoding="utf-8")
+    table = readme.split("## Flags")[1].split("## ")[0]
+    rows = [row for row in table.splitlines() if row.startswith("| ") and "`" in row]
+    listed = [word for row in rows for word in re.findall(r"`([^`]+)`", row)]
+    assert sorted(listed) == sorted(flags.NAMES)

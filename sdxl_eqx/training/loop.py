@@ -29,7 +29,8 @@ from sdxl_eqx.training.setup import Run
 from sdxl_eqx.training.showing import caption_retrieval, draw_captions, grid, sample_prompts, save_pictures
 from sdxl_eqx.training.state import TrainState
 from sdxl_eqx.training.step import train_step
-from sdxl_eqx.weights.write import write_folder
+from sdxl_eqx.weights.folder import write_folder
+from sdxl_eqx.weights.write import model_of
 
 log = logging.getLogger("sdxl_eqx")
 
@@ -207,13 +208,10 @@ def _finish(run: Run, step: int, state: TrainState, writer: MetricsWriter, stop:
     if stop.signal:
         return retrieval
     try:
-        write_folder(
-            SDXL(state.best, run.encoders),
-            run.parts.schedule.to_json(),
-            partial(save_tokenizers, run.parts.tokenizers),
-            run.folder.export,
-            dtype=jnp.dtype(run.config.checkpoint.export_dtype),
-        )
+        dtype = jnp.dtype(run.config.checkpoint.export_dtype)
+        model = model_of(SDXL(state.best, run.encoders), run.parts.schedule.to_json(), dtype=dtype)
+        tokenizers = partial(save_tokenizers, run.parts.tokenizers)
+        write_folder(model, run.folder.export, save_tokenizers=tokenizers, overwrite=True)
         run.folder.finish(step)
     except OSError as error:
         raise RunError(f"the export could not be written ({error}); free space and run the same again.") from error

@@ -133,7 +133,7 @@ def read_model(
             key = rename(stored)
             twice += [key] if key in tensors else []
             tensors[key] = tensor
-    _check(wanted, tensors, twice, files)
+    check_keys(wanted, tensors, twice=twice, source=", ".join(str(file) for file in files))
     leaves = []
     for place in wanted:
         array = place.from_file({key: tensors[key].read() for key in place.keys}).astype(dtype)
@@ -141,8 +141,12 @@ def read_model(
     return jax.tree.unflatten(jax.tree.structure(skeleton), leaves)
 
 
-def _check(wanted: Sequence[Place], where: Tensors, twice: Sequence[str], files: Sequence[Path]) -> None:
-    names = ", ".join(str(file) for file in files)
+def check_keys(wanted: Sequence[Place], where: Tensors, *, twice: Sequence[str] = (), source: str) -> None:
+    """Check that `where` has what a model wants, in its shapes, and nothing else; `source` is named in the error.
+
+    Raises:
+        ValueError: naming what is missing, unknown, held twice or of another shape.
+    """
     keys = {key for place in wanted for key in place.keys}
     unknown = sorted(key for key in where if key not in keys and key.split(".")[-1] not in IGNORED)
     missing = sorted(keys - where.keys())
@@ -150,13 +154,13 @@ def _check(wanted: Sequence[Place], where: Tensors, twice: Sequence[str], files:
         if which:
             shown = ", ".join(which[:5]) + (f" and {len(which) - 5} more" if len(which) > 5 else "")
             raise ValueError(
-                f"{names}: {len(which)} keys {word}: {shown}. "
+                f"{source}: {len(which)} keys {word}: {shown}. "
                 "These weights are not of the model that config.json describes."
             )
     for place in wanted:
         for key in place.keys:
             if where[key].shape != place.shape:
                 raise ValueError(
-                    f"{names}: {key} has shape {where[key].shape}, the model's config says {place.shape}; "
+                    f"{source}: {key} has shape {where[key].shape}, the model's config says {place.shape}; "
                     "config.json and weights do not belong together."
                 )

@@ -28,8 +28,9 @@ from sdxl_eqx.models.sdxl import SDXL, Encoders
 from sdxl_eqx.models.unet import UNet, UNetConfig
 from sdxl_eqx.models.vae import VAE, VAEConfig
 from sdxl_eqx.training.checkpoint import ITEMS
+from sdxl_eqx.weights.folder import write_folder
 from sdxl_eqx.weights.names import is_stacked
-from sdxl_eqx.weights.write import write_folder
+from sdxl_eqx.weights.write import model_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PICTURES = 12
@@ -72,7 +73,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shapes = eqx.filter_eval_shape(make, jr.key(0))
     whole = jax.tree_util.tree_map_with_path(fill, shapes)
     tokenizers = partial(save_tokenizers, bundled_tokenizers())
-    write_folder(whole, ScheduleConfig().to_json(), tokenizers, folder, dtype=np.float32)
+    write_folder(model_of(whole, ScheduleConfig().to_json(), dtype=np.float32), folder, save_tokenizers=tokenizers)
     return folder
 
 

@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from sdxl_eqx.config import DiffusionSchedulerConfig, ModelConfig, ParallelConfig
+from sdxl_eqx.conversion import ConvertConfig, convert
 from sdxl_eqx.data.tokenizer import Tokenizers, bundled_tokenizers, save_tokenizers, tokenize
 from sdxl_eqx.diffusion.schedule import ScheduleConfig
 from sdxl_eqx.models.clip import CLIPText
@@ -23,8 +24,9 @@ from sdxl_eqx.models.vae import VAE
 from sdxl_eqx.parallel.mesh import make_mesh
 from sdxl_eqx.sampling import pipeline as ours
 from sdxl_eqx.training.parts import ModelParts
+from sdxl_eqx.weights.folder import write_folder
 from sdxl_eqx.weights.read import clip_key, weight_files
-from sdxl_eqx.weights.write import write_folder
+from sdxl_eqx.weights.write import model_of
 
 pytestmark = pytest.mark.parity
 
@@ -54,7 +56,7 @@ def folder(model: SDXL, tokenizers: Tokenizers, tmp_path_factory: pytest.TempPat
     def save(building: Path) -> None:
         save_tokenizers(tokenizers, building)
 
-    write_folder(model, ScheduleConfig().to_json(), save, folder, dtype=np.float32)
+    write_folder(model_of(model, ScheduleConfig().to_json(), dtype=np.float32), folder, save_tokenizers=save)
     return folder
 
 
@@ -152,7 +154,8 @@ def test_what_their_pipeline_saves_is_read_and_written_again_bit_for_bit(dtype: 
     encoders = parts.encoders(config, mesh, key=jr.key(0))
     unet = parts.new_unet(config, mesh, key=jr.key(0))
     again = tmp_path / "ours"
-    write_folder(SDXL(unet, encoders), parts.schedule.to_json(), lambda _: None, again, dtype=np.dtype(dtype))
+    model = model_of(SDXL(unet, encoders), parts.schedule.to_json(), dtype=np.dtype(dtype))
+    write_folder(model, again, save_tokenizers=lambda _: None)
     for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
         (their_file,), (our_file,) = weight_files(saved / part), weight_files(again / part)
         before, after = load_file(their_file), load_file(our_file)
@@ -172,3 +175,19 @@ def test_parts_that_do_not_fit_are_refused(folder: Path):
     wrong = dataclasses.replace(parts, unet=dataclasses.replace(parts.unet, cross_attention_dim=64))
     with pytest.raises(ValueError, match=r"cross_attention_dim.*64.*80"):
         wrong.check()
+
+
+def test_diffusers_loads_our_single_file_with_the_same_weights(folder: Path, pipe: Any, tmp_path: Path):
+    """Among them the square text_projection, which the file holds transposed: a mistake there raises nothing."""
+    file = tmp_path / "model.safetensors"
+    convert(ConvertConfig(src=str(folder), dst=str(file), to="single-file"))
+    with pytest.MonkeyPatch.context() as patch, theirs.their_warnings_are_theirs():
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        found = theirs.StableDiffusionXLPipeline.from_single_file(
+            str(file), config=str(folder), local_files_only=True, add_watermarker=False
+        )
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        before, after = getattr(pipe, part).state_dict(), getattr(found, part).state_dict()
+        assert before.keys() == after.keys()
+        for key, value in before.items():
+            np.testing.assert_array_equal(after[key].numpy(), value.numpy(), err_msg=f"{part}.{key}")

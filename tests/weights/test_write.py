@@ -15,7 +15,8 @@ from sdxl_eqx.models.clip import CLIPText
 from sdxl_eqx.models.sdxl import SDXL, Encoders
 from sdxl_eqx.models.unet import UNet
 from sdxl_eqx.models.vae import VAE
-from sdxl_eqx.weights.write import write_folder
+from sdxl_eqx.weights.folder import write_folder
+from sdxl_eqx.weights.write import model_of
 
 STEMS = {
     "unet": "diffusion_pytorch_model",
@@ -37,7 +38,8 @@ def no_tokenizers(folder: Path) -> None:
 
 
 def write(model: SDXL, folder: Path, *, tokenizers: Any = no_tokenizers, **changes: Any) -> None:
-    write_folder(model, ScheduleConfig().to_json(), tokenizers, folder, dtype=np.float32, **changes)
+    whole = model_of(model, ScheduleConfig().to_json(), dtype=np.float32, **changes)
+    write_folder(whole, folder, save_tokenizers=tokenizers, overwrite=True)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -66,11 +68,10 @@ def test_every_part_is_there_with_its_config_and_nothing_else_lies_about(model: 
 
 
 def test_files_say_that_they_are_pytorchs_so_that_transformers_loads_them(model: SDXL, tmp_path: Path):
-    write(model, tmp_path / "sdxl", force_zeros=False)
+    write(model, tmp_path / "sdxl")
     for part, stem in STEMS.items():
         with safe_open(tmp_path / "sdxl" / part / f"{stem}.safetensors", framework="numpy") as file:
             assert file.metadata() == {"format": "pt"}
-    assert json.loads((tmp_path / "sdxl" / "model_index.json").read_text())["force_zeros_for_empty_prompt"] is False
 
 
 def test_a_folder_that_is_there_is_replaced_whole(model: SDXL, tmp_path: Path):
@@ -97,9 +98,9 @@ def test_a_write_that_fails_leaves_the_old_folder_whole(
         with pytest.raises(OSError, match="disk full"):
             write(model, folder, tokenizers=fail)
     else:
-        import sdxl_eqx.weights.write as module
+        import sdxl_eqx.weights.folder as module
 
-        name = "write_json" if at == "scheduler" else "write_model"
+        name = "write_json" if at == "scheduler" else "write_file"
         original = getattr(module, name)
 
         def fail_there(*args: Any, **kwargs: Any) -> None:
