@@ -18,7 +18,7 @@ def main() -> int:
 
     try:
         run = prepare(config)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         log.error("error: %s", error)
         return 2
     if isinstance(run, Finished):
@@ -29,7 +29,7 @@ def main() -> int:
     again = f"python scripts/train.py --config {shlex.quote(str(run.folder.config))}"
     try:
         outcome = fit(run)
-    except RunError as error:
+    except (RunError, OSError) as error:
         log.error("error: %s", error)
         return 2
     finally:

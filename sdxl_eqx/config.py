@@ -48,8 +48,8 @@ class ModelConfig:
     """Hub id or diffusers folder; `asset:tiny-sdxl` is the small one that comes with the package."""
     revision: str = "main"
     """Branch, tag or commit on the Hub."""
-    weights_dtype: DtypeName = "float32"
-    """Dtype of the stored parameters (and so of the optimizer's moments)."""
+    weights_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the stored parameters; the optimizer's moments and the moving average are float32."""
     activations_dtype: DtypeName = "bfloat16"
     """Dtype of the computation; norms, softmax and loss are float32 all the same."""
     precision: Literal["DEFAULT", "HIGH", "HIGHEST"] = "DEFAULT"
@@ -78,7 +78,7 @@ class OptimConfig:
     num_train_epochs: int = 1
     """Passes over the data where max_train_steps is -1, which giving this flag alone means."""
     per_device_batch_size: float = 2.0
-    """Samples a device and step; a fraction is allowed when the product with the devices is whole."""
+    """Samples a device and step; the product with the devices must be whole and divide over them."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """What follows the warm-up: the peak for ever, or a fall to zero at the end of the schedule."""
     warmup_steps_fraction: float = 0.0
@@ -148,7 +148,8 @@ class DataConfig:
     transform_images_num_proc: int = 4
     """Threads that read and transform pictures."""
     caption_dropout: float = 0.0
-    """Share of samples that train with the empty prompt, for classifier-free guidance."""
+    """Share of samples that train with the encoded empty prompt, for classifier-free guidance; the export then says
+    that an absent negative prompt is to be encoded, not zeroed."""
     max_bad_fraction: float = 0.01
     """The run stops when unreadable pictures exceed max(10, this share of all), or are all."""
     hf_access_token: str = field(default="", repr=False)
@@ -247,6 +248,8 @@ def _rules(config: TrainConfig) -> list[tuple[str, str, bool]]:
     name = config.run.run_name
     return [
         ("run_name", "must be a folder name: letters, digits, '.', '_' and '-'", not name or _is_name(name)),
+        ("base_output_directory", "must be a local folder", "://" not in config.run.base_output_directory),
+        ("output_dir", "must be a local folder", "://" not in config.run.output_dir),
         ("seed", "must be 0 or more and below 2**32", 0 <= config.run.seed < 2**32),
         ("scan_unroll", "must be 1 or more", model.scan_unroll >= 1),
         ("learning_rate", "must be a finite number above 0", 0 < optim.learning_rate < math.inf),

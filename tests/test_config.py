@@ -17,6 +17,8 @@ VALID = merge(TrainConfig(), {"train_data_dir": "pictures"})
 
 BAD: dict[str, list[Any]] = {
     "run_name": ["a/b", "..", ".", "a b", "a\\b"],
+    "base_output_directory": ["gs://bucket/runs"],
+    "output_dir": ["gs://bucket/runs"],
     "seed": [-1, 2**32],
     "scan_unroll": [0, -1],
     "learning_rate": [0.0, -1.0, math.inf, math.nan],

@@ -76,8 +76,11 @@ def cache_key(source: ImageFolder, model_fingerprint: str, config: DataConfig, s
     head = {"format": FORMAT, "model": model_fingerprint, "seed": seed, "samples": len(source), **settings}
     digest = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
     for example in source.examples:
-        with example.path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        try:
+            with example.path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError:  # counted as bad when it is to be encoded
+            digest.update(b"unreadable")
         digest.update(hashlib.sha256(example.caption.encode("utf-8", "surrogatepass")).digest())
     return digest.hexdigest()
 

@@ -84,6 +84,10 @@ def _parse(line: bytes, folder: Path, image_column: str, caption_column: str) ->
     if name.is_absolute() or ".." in name.parts:
         raise ValueError(f"{str(name)!r} leaves the folder; give a path inside {folder}, without '..'")
     path = folder / name
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except OSError:  # a name that no file system takes
+        there = False
+    if not there:
         raise ValueError(f"there is no picture {path}; add the file or remove the line")
     return Example(path, fields[caption_column])

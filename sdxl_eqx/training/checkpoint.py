@@ -103,6 +103,11 @@ class Checkpoints:
                 f"{self.folder / str(step)}: does not fit this run's model or optimizer ({str(error)[:300]}). "
                 "Use the flags that made it, or another --run-name."
             ) from error
+        except Exception as error:  # what Orbax raises for damaged arrays has no class of its own
+            raise ValueError(
+                f"{self.folder / str(step)}: cannot be read ({str(error)[:200]}). "
+                "Delete that folder to go on from the checkpoint before it."
+            ) from error
         return _from_items(items, like)
 
     def wait(self) -> None:

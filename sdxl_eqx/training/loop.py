@@ -1,6 +1,8 @@
 """The loop: from a prepared run to trained weights, pictures and an export."""
 
+import dataclasses
 import logging
+import math
 import signal
 import threading
 import time
@@ -29,7 +31,7 @@ from sdxl_eqx.training.setup import Run
 from sdxl_eqx.training.showing import caption_retrieval, draw_captions, grid, sample_prompts, save_pictures
 from sdxl_eqx.training.state import TrainState
 from sdxl_eqx.training.step import train_step
-from sdxl_eqx.weights.folder import write_folder
+from sdxl_eqx.weights.folder import INDEX, write_folder
 from sdxl_eqx.weights.write import model_of
 
 log = logging.getLogger("sdxl_eqx")
@@ -57,11 +59,12 @@ def fit(run: Run) -> Outcome:
     """
     try:
         stream, frozen = feed(run)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise RunError(str(error)) from error
     writer = MetricsWriter(
         run.config.metrics, file=run.folder.metrics, tensorboard=run.folder.tensorboard,
         run_name=run.config.run.run_name, start=int(run.state.step),
+        finished=run.folder.finished_step == int(run.state.step),
     )  # fmt: skip
     try:
         return _train(run, stream, frozen, writer)
@@ -95,12 +98,15 @@ def _train(run: Run, stream: Any, frozen: Any, writer: MetricsWriter) -> Outcome
                 meter.put(n, metrics)
                 if stop.signal:
                     break
-                if _due(n, config.checkpoint.checkpoint_every, run.batch_size):
-                    meter.flush()
-                    _save(run, n, state, position)
+                # Samples first: a run that is killed between the two draws them again.
                 if _due(n, config.sample.sample_every, run.batch_size) and n < run.total_steps:
                     meter.flush()
                     _show(run, n, state, writer)
+                    meter.restart()
+                if _due(n, config.checkpoint.checkpoint_every, run.batch_size):
+                    meter.flush()
+                    _save(run, n, state, position)
+                    meter.restart()
             meter.flush()
         step = int(state.step)
         if not (_save(run, step, state, position or {}) and _written(run)):
@@ -198,7 +204,11 @@ def _drawn(run: Run, state: TrainState, prompts: Sequence[str]) -> np.ndarray | 
         return draw_captions(run, state.best, prompts)
     except ValueError as error:
         log.error("no samples: %s", error)
-        return None
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        log.error("no samples: out of memory; lower --per-device-batch-size or --resolution.")
+    return None
 
 
 def _finish(run: Run, step: int, state: TrainState, writer: MetricsWriter, stop: "_Stop") -> float | None:
@@ -210,6 +220,9 @@ def _finish(run: Run, step: int, state: TrainState, writer: MetricsWriter, stop:
     try:
         dtype = jnp.dtype(run.config.checkpoint.export_dtype)
         model = model_of(SDXL(state.best, run.encoders), run.parts.schedule.to_json(), dtype=dtype)
+        # What an absent negative prompt means to diffusers: with dropout the model has learned the encoded empty one.
+        zeros = run.config.data.caption_dropout == 0
+        model = dataclasses.replace(model, index={**INDEX, "force_zeros_for_empty_prompt": zeros})
         tokenizers = partial(save_tokenizers, run.parts.tokenizers)
         write_folder(model, run.folder.export, save_tokenizers=tokenizers, overwrite=True)
         run.folder.finish(step)
@@ -251,8 +264,16 @@ class _Meter:
         """Remember the metrics of step n, which may still be running."""
         self.pending = (n, metrics)
 
+    def restart(self) -> None:
+        """Begin the next step's time now: what was drawn or saved since is not part of it."""
+        self.clock = time.perf_counter()
+
     def flush(self) -> None:
-        """Wait for the remembered step and report it."""
+        """Wait for the remembered step and report it.
+
+        Raises:
+            RunError: where it is not finite, so that no checkpoint of it is written over a good one.
+        """
         if self.pending is None:
             return
         n, metrics = self.pending
@@ -273,6 +294,12 @@ class _Meter:
                 "perf/per_device_tflops_per_sec": self.tflop / seconds,
             },
         )
+        norm = values["learning/grad_norm"]
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise RunError(
+                f"step {n}: loss {loss}, gradient norm {norm}: not finite. Lower --learning-rate, or add "
+                f"--opt-enable-grad-global-norm-clipping. {_last_good(self.run)}"
+            )
         # The first step is mostly compiling: speed and time left are those of the steps after it.
         if self.began is None:
             self.began, self.first = now, n

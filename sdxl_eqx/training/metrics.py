@@ -16,32 +16,36 @@ from sdxl_eqx.config import MetricsConfig
 log = logging.getLogger("sdxl_eqx")
 
 
-def cut_after(file: Path, step: int, run_name: str) -> None:
+def cut_after(file: Path, step: int, run_name: str, *, finished: bool = False) -> None:
     """Take out of a metrics file what lies past a checkpoint and will be written again, and a torn last line.
 
-    Evaluations belong after the checkpoint of their step, so those of `step` itself go too. Records of other runs, with
-    whom a run may share a file, stay.
+    Evaluations belong after the checkpoint of their step, so those of `step` itself go too, unless the run was
+    `finished` there. Everything that is not of this run stays.
     """
     if not file.exists():
         return
-    kept = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        before = record["step"] < step or (record["step"] == step and "learning/loss" in record)
-        if before or record.get("run_name", run_name) != run_name:
-            kept.append(line)
+    kept = [line for line in file.read_text(encoding="utf-8").splitlines() if _stays(line, step, run_name, finished)]
     building = file.with_name(f".{file.name}.part")
     building.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
     os.replace(building, file)
 
 
-class MetricsWriter:
-    """Writes records to the run's files; `start` is the step that the run begins after."""
+def _stays(line: str, step: int, run_name: str, finished: bool) -> bool:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return not line.startswith("{")  # torn
+    if not isinstance(record, dict) or "step" not in record or record.get("run_name", run_name) != run_name:
+        return True
+    return record["step"] < step or (record["step"] == step and (finished or "learning/loss" in record))
 
-    def __init__(self, config: MetricsConfig, *, file: Path, tensorboard: Path, run_name: str, start: int):
+
+class MetricsWriter:
+    """Writes records to the run's files; `start` is the step that the run begins after, `finished` there or not."""
+
+    def __init__(
+        self, config: MetricsConfig, *, file: Path, tensorboard: Path, run_name: str, start: int, finished: bool = False
+    ):
         self.run_name = run_name
         self.log_period = config.log_period
         self.files = []
@@ -50,7 +54,7 @@ class MetricsWriter:
             copies = [Path(config.metrics_file)] if config.metrics_file else []
             for path in [file, *copies]:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                cut_after(path, start, run_name)
+                cut_after(path, start, run_name, finished=finished)
                 self.files.append(path.open("a", encoding="utf-8", buffering=1))
             self.board = SummaryWriter(str(tensorboard), purge_step=start + 1 if start else None, max_queue=10**6)
 

@@ -27,12 +27,11 @@ def learning_rate(config: OptimConfig, *, total_steps: int, batch_size: int) -> 
 
 def make_optimizer(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
     """Clip by value, clip by global norm, AdamW (Loshchilov and Hutter 2019), in that order."""
-    parts = []
-    if config.opt_enable_grad_clipping:
-        parts.append(optax.clip(config.max_grad_value))
-    if config.opt_enable_grad_global_norm_clipping:
-        parts.append(optax.clip_by_global_norm(config.max_grad_norm))
-    parts.append(
+    by_value, by_norm = config.opt_enable_grad_clipping, config.opt_enable_grad_global_norm_clipping
+    # Always three parts, so that clipping can be switched on and off when a run is resumed.
+    return optax.chain(
+        optax.clip(config.max_grad_value) if by_value else optax.identity(),
+        optax.clip_by_global_norm(config.max_grad_norm) if by_norm else optax.identity(),
         optax.adamw(
             schedule,
             config.adam_b1,
@@ -40,9 +39,8 @@ def make_optimizer(config: OptimConfig, schedule: optax.Schedule) -> optax.Gradi
             config.adam_eps,
             weight_decay=config.adam_weight_decay,
             mask=None if config.decay_all else is_decayed,
-        )
+        ),
     )
-    return optax.chain(*parts)
 
 
 def is_decayed(params: Any) -> Any:

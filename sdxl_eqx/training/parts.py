@@ -111,7 +111,7 @@ class ModelParts:
         def part(
             name: str, make: Callable[..., Any], shape: Any, rename: Callable[[str], str], new: bool, part_key: Any
         ) -> Any:
-            files = self.files(name, new=new, flag="--new-text-encoders")
+            files = self.files(name, new=new and not weight_files(self.folder / name), flag="--new-text-encoders")
             if not files:
                 return jax.jit(lambda k: make(shape, key=k), out_shardings=replicated(mesh))(part_key)
             skeleton = eqx.filter_eval_shape(make, shape, key=part_key)

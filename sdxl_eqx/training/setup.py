@@ -89,6 +89,23 @@ class Finished:
 
 
 def prepare(config: TrainConfig) -> Run | Finished:
+    """`read_and_check`, with an explanation where the model alone does not fit the devices.
+
+    Raises:
+        ValueError: for anything wrong with the input.
+    """
+    try:
+        return read_and_check(config)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ValueError(
+            "out of memory: weights and optimizer do not fit the devices; share them with --ici-fsdp-parallelism. "
+            f"({str(error).splitlines()[0][:200]})"
+        ) from error
+
+
+def read_and_check(config: TrainConfig) -> Run | Finished:
     """Read and check all input, lay the model out on the devices, and find where the run goes on.
 
     How a run starts: a run_name without a folder starts anew, from the model folder's UNet or a random one; with
@@ -126,6 +143,7 @@ def prepare(config: TrainConfig) -> Run | Finished:
     saved = None if step is None else checkpoints.saved(step)
     if step is not None and saved is not None:
         _check_same_model(saved, parts, folder)
+        _check_same_flags(saved, config)
         if step >= total_steps and folder.finished_step == step:
             checkpoints.close()
             folder.close()
@@ -144,8 +162,7 @@ def prepare(config: TrainConfig) -> Run | Finished:
     if step is None:
         unet = parts.new_unet(config.model, mesh, key=unet_key)
         layout = shardings(jax.eval_shape(begin, unet), mesh)
-        # Not donated: where there is an average, it starts as the same weights.
-        state = jax.jit(begin, out_shardings=layout)(unet)
+        state = jax.jit(begin, out_shardings=layout, donate_argnums=0)(unet)
         _warn_if_frozen(state.unet, config)
     else:
         state = checkpoints.restore(step, _state_shapes(parts, config, begin, mesh))
@@ -182,6 +199,33 @@ def _check_same_model(saved: Saved, parts: ModelParts, folder: RunFolder) -> Non
             f"--run-name {folder.path.name}: its checkpoints are of another model ({was}, now "
             f"{ {key: now[key] for key in different} }); give the model that it was begun with, or another run name."
         )
+
+
+BEGUN_WITH = ("seed", "weights_dtype", "new_text_encoders", "diffusion_scheduler_config.prediction_type")
+"""Flags that a run keeps to its end: with others, its weights would be trained on towards something else."""
+
+
+def _check_same_flags(saved: Saved, config: TrainConfig) -> None:
+    """Refuse to resume with flags that may not change, and say which of the others did."""
+    was, now = _dotted(saved.config), _dotted(flat(config))
+    for key in now:
+        if was.get(key, now[key]) == now[key]:
+            continue
+        if key in BEGUN_WITH or (key == "ema_decay" and (was[key] > 0) != (now[key] > 0)):
+            raise ValueError(
+                f"--{key.replace('_', '-')} {now[key]!r}: the run was begun with {was[key]!r}; "
+                "give that, or another --run-name."
+            )
+        log.info("resuming with %s %r (was %r)", key, now[key], was[key])
+
+
+def _dotted(values: dict[str, Any]) -> dict[str, Any]:
+    """Flat values with those of mappings under dotted names."""
+    pairs = {}
+    for key, value in values.items():
+        inner = value if isinstance(value, dict) else {"": value}
+        pairs.update({f"{key}.{name}" if name else key: v for name, v in inner.items()})
+    return pairs
 
 
 def _state_shapes(parts: ModelParts, config: TrainConfig, begin: Any, mesh: Mesh) -> TrainState:

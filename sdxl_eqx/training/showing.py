@@ -19,27 +19,35 @@ log = logging.getLogger("sdxl_eqx")
 
 
 def draw_captions(run: Run, unet: UNet, captions: Sequence[str]) -> np.ndarray:
-    """Pictures `[n, H, W, 3]` of captions, with seeds 0, 1, 2 and on."""
+    """Pictures `[n, H, W, 3]` of captions, with seeds 0, 1, 2 and on, at most a training batch at a time."""
     sample = run.config.sample
     resolution = run.config.data.resolution
-    guided = sample.do_classifier_free_guidance
     config = SamplerConfig(
         schedule=run.parts.schedule,
         steps=sample.num_inference_steps,
-        guidance_scale=sample.guidance_scale if guided else 1.0,
+        guidance_scale=sample.guidance_scale if sample.do_classifier_free_guidance else 1.0,
         dtype=run.dtype,
         compute=run.compute,
     )
-    return generate(
-        unet,
-        jax.device_put(run.encoders),
-        run.parts.tokenize,
-        captions,
-        range(len(captions)),
-        size=(resolution, resolution),
-        config=config,
-        negative_prompt=sample.negative_prompt,
-    )
+    encoders = jax.device_put(run.encoders)
+    size = min(len(captions), run.batch_size)
+    batches = []
+    for at in range(0, len(captions), size):
+        # The last batch is filled up, so that one program serves all.
+        prompts = [captions[min(i, len(captions) - 1)] for i in range(at, at + size)]
+        batches.append(
+            generate(
+                unet,
+                encoders,
+                run.parts.tokenize,
+                prompts,
+                range(at, at + size),
+                size=(resolution, resolution),
+                config=config,
+                negative_prompt=sample.negative_prompt,
+            )
+        )
+    return np.concatenate(batches)[: len(captions)]
 
 
 def sample_prompts(config: SampleConfig, source: ImageFolder, n: int) -> list[str]:
@@ -61,29 +69,24 @@ def grid(pictures: np.ndarray) -> Image.Image:
     return Image.fromarray(sheet)
 
 
-def training_pictures(source: ImageFolder, resolution: int) -> dict[int, np.ndarray]:
-    """Every readable picture of a source by its place, in the middle crop of that resolution."""
-    found = {}
+def caption_retrieval(pictures: np.ndarray, source: ImageFolder, resolution: int) -> float:
+    """For what share of the first captions the drawn picture's nearest training picture (L2 on pixels) is their own.
+
+    Training pictures are taken in their middle crop; those that cannot be read are passed over.
+    """
+    drawn = pictures.astype(np.float32)
+    best, nearest = np.full(len(drawn), np.inf), np.full(len(drawn), -1)
     rng = np.random.default_rng(0)
     for i, example in enumerate(source.examples):
         try:
             picture = read_picture(example.path)
         except BadPicture:
             continue
-        found[i], _ = resize_and_crop(picture, resolution, center_crop=True, flip=False, rng=rng)
-    return found
-
-
-def caption_retrieval(pictures: np.ndarray, source: ImageFolder, resolution: int) -> float:
-    """For what share of the first captions the drawn picture's nearest training picture (L2 on pixels) is their own."""
-    training = training_pictures(source, resolution)
-    places = list(training)
-    stack = np.stack([training[i] for i in places]).astype(np.float32)
-    hits = 0
-    for i, picture in enumerate(pictures):
-        distance = np.square(stack - picture.astype(np.float32)).sum(axis=(1, 2, 3))
-        hits += places[int(distance.argmin())] == i
-    return hits / len(pictures)
+        square, _ = resize_and_crop(picture, resolution, center_crop=True, flip=False, rng=rng)
+        distance = np.square(drawn - square.astype(np.float32)).sum(axis=(1, 2, 3))
+        closer = distance < best
+        best[closer], nearest[closer] = distance[closer], i
+    return float(np.mean(nearest == np.arange(len(drawn))))
 
 
 def save_pictures(pictures: np.ndarray, folder: Path) -> None:

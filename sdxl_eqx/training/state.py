@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PRNGKeyArray
 
+from sdxl_eqx.models.sdxl import cast
 from sdxl_eqx.models.unet import UNet
 
 
@@ -27,11 +28,11 @@ class TrainState(eqx.Module):
 
 
 def new_state(unet: UNet, optimizer: optax.GradientTransformation, *, ema: bool, key: PRNGKeyArray) -> TrainState:
-    """The state before the first step."""
+    """The state before the first step; moments and average are float32 whatever the weights are."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         key=key,
         unet=unet,
-        opt_state=optimizer.init(eqx.filter(unet, eqx.is_inexact_array)),
-        ema=unet if ema else None,
+        opt_state=optimizer.init(cast(unet, jnp.float32)),
+        ema=cast(unet, jnp.float32) if ema else None,
     )

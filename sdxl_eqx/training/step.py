@@ -77,8 +77,10 @@ def train_step(
         return denoising_loss(unet, schedule, x0, eps, t, cond, dtype=config.dtype, compute=config.compute)
 
     loss, grads = jax.value_and_grad(loss_fn)(state.unet)
-    updates, opt_state = optimizer.update(grads, state.opt_state, eqx.filter(state.unet, eqx.is_inexact_array))
-    unet = eqx.apply_updates(state.unet, updates)
+    # In float32, whatever the weights are: bfloat16 rounds AdamW's 0.999 to 1, so that moments would never decay.
+    whole = cast(state.unet, jnp.float32)
+    updates, opt_state = optimizer.update(cast(grads, jnp.float32), state.opt_state, whole)
+    unet = jax.tree.map(lambda new, old: new.astype(old.dtype), eqx.apply_updates(whole, updates), state.unet)
     step = state.step + 1
     ema = None if state.ema is None else _average(state.ema, unet, step, config)
     metrics = {"learning/loss": loss, "learning/grad_norm": optax.tree.norm(grads)}

@@ -30,6 +30,11 @@ def model_folder(name: str, *, revision: str, token: str = "") -> Path:
     """
     if Path(name).is_dir():
         return Path(name)
+    if Path(name).is_file():
+        raise ValueError(
+            f"--pretrained-model-name-or-path {name!r}: a file; make it a folder first: "
+            f"python scripts/convert_weights.py {name} FOLDER"
+        )
     if Path(name).is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise ValueError(
             f"--pretrained-model-name-or-path {name!r}: no such folder; "

@@ -268,8 +268,8 @@ def store(model: Path, cache: Path, name: str, commit: str) -> None:
 class Tracer:
     """Stands for the compiled step: counts, changes one weight, and costs no compilation."""
 
-    def __init__(self, error_at: int = 0, error: Exception | None = None):
-        self.error_at, self.error = error_at, error
+    def __init__(self, error_at: int = 0, error: Exception | None = None, nan_at: int = 0):
+        self.error_at, self.error, self.nan_at = error_at, error, nan_at
 
     def __call__(self, run: Any) -> Any:
         def step(state: Any, frozen: Any, batch: Any, schedule: Any) -> Any:
@@ -278,7 +278,8 @@ class Tracer:
                 raise self.error
             state = jax.tree_util.tree_map(lambda x: x, state)
             object.__setattr__(state, "step", jax.device_put(jnp.int32(n), state.step.sharding))
-            return state, {"learning/loss": jnp.float32(1 / n), "learning/grad_norm": jnp.float32(1)}
+            loss = jnp.float32(jnp.nan if n == self.nan_at else 1 / n)
+            return state, {"learning/loss": loss, "learning/grad_norm": jnp.float32(1)}
 
         return step
 
@@ -326,8 +327,14 @@ def test_a_checkpoint_of_another_model_or_optimizer_or_format_is_refused(
     message = refused(*longer, uncached)
     assert "--run-name run" in message and "norm_num_groups" in message and "another run name" in message
     config.write_text(json.dumps(whole))
-    message = refused(*longer, uncached, "--ema-decay", "0.9")
-    assert "another --run-name" in message and "Use the flags that made it" in message
+    for flag, value in (
+        ("--ema-decay", "0.9"),
+        ("--seed", "7"),
+        ("--weights-dtype", "bfloat16"),
+        ("--diffusion-scheduler-config.prediction-type", "v_prediction"),
+    ):
+        message = refused(*longer, uncached, flag, value)
+        assert flag in message and "the run was begun with" in message and "another --run-name" in message
     meta = tmp_path / "outputs" / "run" / "checkpoints" / "6" / "meta" / "metadata"
     meta.write_text(json.dumps({**json.loads(meta.read_text()), "format": 99}))
     message = refused(*longer, uncached)
@@ -377,6 +384,17 @@ def test_out_of_memory_names_batch_and_remat_and_the_last_good_checkpoint(main: 
     (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
     assert "--per-device-batch-size 1" in line and "--remat-policy dots" in line and "step 2" in line
     assert [p.name for p in (tmp_path / "outputs" / "run" / "checkpoints").iterdir()] == ["2"]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(main: Main, counted, flags, tmp_path: Path):
+    counted(nan_at=4)
+    uncached = "--no-cache-latents-text-encoder-outputs"
+    code, said = main(*flags(), uncached, "--checkpoint-every", "16")
+    assert code == 2, said
+    (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert "step 4: loss nan" in line and "--learning-rate" in line and "that of step 2" in line
+    assert [p.name for p in (tmp_path / "outputs" / "run" / "checkpoints").iterdir()] == ["2"]
+    assert not (tmp_path / "outputs" / "run" / "export").exists()
 
 
 def test_any_other_error_of_the_device_is_not_called_out_of_memory(main: Main, counted, flags):

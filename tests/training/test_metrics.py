@@ -39,6 +39,21 @@ def test_records_of_another_run_in_the_same_file_stay(tmp_path):
     assert file.read_text().splitlines() == [other]
 
 
+def test_what_is_not_a_record_of_a_run_stays_but_a_torn_line_goes(tmp_path):
+    file = tmp_path / "notes.txt"
+    file.write_text('my notes\n[1, 2]\n{"mine": 1}\n{"st')
+    cut_after(file, 3, "x")
+    assert file.read_text() == 'my notes\n[1, 2]\n{"mine": 1}\n'
+
+
+def test_the_evaluation_of_a_finished_run_stays_when_it_is_trained_on(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    lines = [record(3, **{"learning/loss": 1.0}), record(3, **{"eval/caption_retrieval": 0.5})]
+    file.write_text("\n".join(lines) + "\n")
+    cut_after(file, 3, "x", finished=True)
+    assert file.read_text().splitlines() == lines
+
+
 def test_a_file_that_is_not_there_is_no_error(tmp_path):
     cut_after(tmp_path / "metrics.jsonl", 3, "x")
     assert not list(tmp_path.iterdir())

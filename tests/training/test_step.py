@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from tiny_step import QUICK, assert_equal, begin, function, step_config, words
 
+from sdxl_eqx.models.sdxl import cast
 from sdxl_eqx.training.step import encode
 
 
@@ -80,6 +81,17 @@ def test_the_average_follows_its_formula(unet, latents, schedule, step):
             expected = decay * expected + (1 - decay) * np.asarray(state.unet.conv_in.weight, np.float64)
         np.testing.assert_allclose(state.ema.conv_in.weight, expected, rtol=1e-6, atol=1e-7)
     assert state.best is state.ema
+
+
+def test_bfloat16_weights_have_moments_and_an_average_in_float32_that_move(unet, latents, schedule):
+    coarse = cast(unet, jnp.bfloat16)
+    state = begin(coarse)
+    assert {x.dtype for x in jax.tree.leaves(state.ema)} == {jnp.dtype(jnp.float32)}
+    after, _ = jax.jit(function(), compiler_options=QUICK)(state, None, latents, schedule)
+    assert {x.dtype for x in jax.tree.leaves(after.unet)} == {jnp.dtype(jnp.bfloat16)}
+    floats = [x for x in jax.tree.leaves(after.opt_state) if jnp.issubdtype(x.dtype, jnp.floating)]
+    assert floats and {x.dtype for x in floats} == {jnp.dtype(jnp.float32)}
+    assert any((x != y).any() for x, y in zip(jax.tree.leaves(after.unet), jax.tree.leaves(coarse), strict=True))
 
 
 def test_bfloat16_activations_keep_the_state_in_float32(unet, latents, schedule, step):
