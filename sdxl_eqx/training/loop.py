@@ -83,7 +83,6 @@ def _train(run: Run, stream: Any, frozen: Any, writer: MetricsWriter) -> Outcome
     writer.text("config", f"```\n{run.folder.config.read_text()}\n```")
     watch = Watch(start=start, total=run.total_steps, log_period=config.metrics.log_period)
     state = run.state
-    run.state = None  # type: ignore[assignment]  # the step donates it
     position = run.data_position
     meter = _Meter(run, writer, watch)
 
