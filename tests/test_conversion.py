@@ -3,6 +3,7 @@
 import hashlib
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from scripts.tiny_run import model  # noqa: F401  (a fixture)
 
 from sdxl_eqx.conversion import ConvertConfig, convert, open_model
-from sdxl_eqx.weights.single_file import V_PRED
+from sdxl_eqx.weights.single_file import V_PRED, write_single_file
 from sdxl_eqx.weights.tensors import Tensor, open_file, write_file
 
 PARTS = {
@@ -96,8 +97,6 @@ def test_a_dtype_that_is_asked_for_is_that_of_every_tensor(model: Path, tmp_path
 def test_a_velocity_model_is_marked_and_known_again(model: Path, tmp_path: Path):  # noqa: F811
     opened = open_model(ConvertConfig(src=str(model), dst=""))
     opened.configs["scheduler"]["prediction_type"] = "v_prediction"
-    from sdxl_eqx.weights.single_file import write_single_file
-
     write_single_file(opened, tmp_path / "v.safetensors")
     tensors, metadata = open_file(tmp_path / "v.safetensors")
     assert tensors[V_PRED].shape == (0,)
@@ -119,6 +118,20 @@ def test_the_unet_alone_in_either_layout_is_read(model: Path, single: Path, tmp_
         assert opened.parts["unet"].keys() == ours.keys()
         for key, tensor in opened.parts["unet"].items():
             np.testing.assert_array_equal(tensor.read(), ours[key])
+
+
+def test_the_refiner_has_its_one_text_encoder_in_the_first_place(model: Path, tmp_path: Path):  # noqa: F811
+    whole = open_model(ConvertConfig(src=str(model), dst=""))
+    refiner = replace(whole, parts={part: t for part, t in whole.parts.items() if part != "text_encoder"})
+    write_single_file(refiner, tmp_path / "refiner.safetensors")
+    keys = open_file(tmp_path / "refiner.safetensors")[0]
+    assert any(key.startswith("conditioner.embedders.0.model.") for key in keys)
+    assert not any(key.startswith("conditioner.embedders.1.") for key in keys)
+    again = open_model(ConvertConfig(src=str(tmp_path / "refiner.safetensors"), dst=""))
+    assert again.parts.keys() == refiner.parts.keys()
+    for part, tensors in refiner.parts.items():
+        for key, tensor in tensors.items():
+            np.testing.assert_array_equal(again.parts[part][key].read(), tensor.read())
 
 
 def test_keys_that_no_model_has_are_left_out_and_said(single: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):

@@ -16,6 +16,8 @@ UNET = "model.diffusion_model."
 VAE = "first_stage_model."
 TEXT = "conditioner.embedders.0.transformer."
 TEXT_2 = "conditioner.embedders.1.model."
+TEXT_2_ALONE = "conditioner.embedders.0.model."
+"""Of the same encoder in the refiner, which has no other."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ def vae_from_file(tensors: Tensors, config: VAEConfig) -> Tensors:
     }
 
 
-def text_2_to_file(tensors: Tensors) -> Tensors:
+def text_2_to_file(tensors: Tensors, prefix: str) -> Tensors:
     """The second encoder in OpenCLIP's names: q, k and v in one matrix, the projection transposed."""
     found: Tensors = {}
     for key, t in tensors.items():
@@ -170,7 +172,7 @@ def text_2_to_file(tensors: Tensors) -> Tensors:
                 found[there + rename(TEXT_2_LAYER, to_file=True)(rest)] = t
         else:
             found[rename(TEXT_2_RULES, to_file=True)(key)] = t
-    return {TEXT_2 + key: t for key, t in found.items()}
+    return {prefix + key: t for key, t in found.items()}
 
 
 def text_2_from_file(tensors: Tensors) -> Tensors:

@@ -47,7 +47,6 @@ def read_single_file(file: Path, *, configs: Mapping[str, dict[str, Any]] | None
     unet, vae = UNetConfig.from_json(found["unet"]), VAEConfig.from_json(found["vae"])
     grouped: dict[str, Tensors] = {"unet": {}, "vae": {}, "text_encoder": {}, "text_encoder_2": {}}
     prefixes = {"unet": ldm.UNET, "vae": ldm.VAE, "text_encoder": ldm.TEXT, "text_encoder_2": ldm.TEXT_2}
-    refiner_text = "conditioner.embedders.0.model."
     left_out = []
     alone = not any(key.startswith(ldm.UNET) for key in tensors)
     for key, tensor in tensors.items():
@@ -57,8 +56,8 @@ def read_single_file(file: Path, *, configs: Mapping[str, dict[str, Any]] | None
             left_out.append(key)
         elif part is not None:
             grouped[part][key.removeprefix(prefixes[part])] = tensor
-        elif key.startswith(refiner_text):
-            grouped["text_encoder_2"][key.removeprefix(refiner_text)] = tensor
+        elif key.startswith(ldm.TEXT_2_ALONE):
+            grouped["text_encoder_2"][key.removeprefix(ldm.TEXT_2_ALONE)] = tensor
         elif alone:
             grouped["unet"][key] = tensor
         else:
@@ -121,7 +120,8 @@ def single_file_tensors(model: Model) -> Tensors:
         tensors.update(ldm.vae_to_file(model.parts["vae"], VAEConfig.from_json(model.configs["vae"])))
     for key, tensor in model.parts.get("text_encoder", {}).items():
         tensors[ldm.TEXT + key] = tensor
-    tensors.update(ldm.text_2_to_file(model.parts.get("text_encoder_2", {})))
+    prefix = ldm.TEXT_2 if "text_encoder" in model.parts else ldm.TEXT_2_ALONE
+    tensors.update(ldm.text_2_to_file(model.parts.get("text_encoder_2", {}), prefix))
     scheduler = model.configs.get("scheduler", {})
     empty = Tensor.of(np.empty(0, np.float16))
     if scheduler.get("prediction_type") == "v_prediction":
