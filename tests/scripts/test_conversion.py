@@ -12,7 +12,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from scripts.tiny_run import model  # noqa: F401  (a fixture)
 
 from sdxl_eqx.conversion import ConvertConfig, convert, open_model
 from sdxl_eqx.weights.single_file import V_PRED, write_single_file
@@ -36,13 +35,13 @@ def sums(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def single(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def single(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("single") / "model.safetensors"
     convert(ConvertConfig(src=str(model), dst=str(file), to="single-file"))
     return file
 
 
-def test_a_folder_into_one_file_and_back_is_bit_equal(model: Path, single: Path, tmp_path: Path):  # noqa: F811
+def test_a_folder_into_one_file_and_back_is_bit_equal(model: Path, single: Path, tmp_path: Path):
     back = tmp_path / "back"
     convert(ConvertConfig(src=str(single), dst=str(back)))
     assert sums(back) == sums(model)
@@ -59,7 +58,7 @@ def test_one_file_through_a_folder_is_the_same_file(single: Path, tmp_path: Path
     assert again.read_bytes() == single.read_bytes()
 
 
-def test_the_one_file_has_stability_ais_names_and_layout(model: Path, single: Path):  # noqa: F811
+def test_the_one_file_has_stability_ais_names_and_layout(model: Path, single: Path):
     theirs = load_file(single)
     ours = load_file(model / "text_encoder_2" / "model.safetensors")
     np.testing.assert_array_equal(
@@ -87,14 +86,14 @@ def test_the_one_file_has_stability_ais_names_and_layout(model: Path, single: Pa
     )
 
 
-def test_a_dtype_that_is_asked_for_is_that_of_every_tensor(model: Path, tmp_path: Path):  # noqa: F811
+def test_a_dtype_that_is_asked_for_is_that_of_every_tensor(model: Path, tmp_path: Path):
     file = tmp_path / "half.safetensors"
     convert(ConvertConfig(src=str(model), dst=str(file), to="single-file", dtype="float16"))
     tensors, _ = open_file(file)
     assert {t.dtype for t in tensors.values()} == {np.dtype(np.float16)}
 
 
-def test_a_velocity_model_is_marked_and_known_again(model: Path, tmp_path: Path):  # noqa: F811
+def test_a_velocity_model_is_marked_and_known_again(model: Path, tmp_path: Path):
     opened = open_model(ConvertConfig(src=str(model), dst=""))
     opened.configs["scheduler"]["prediction_type"] = "v_prediction"
     write_single_file(opened, tmp_path / "v.safetensors")
@@ -105,7 +104,7 @@ def test_a_velocity_model_is_marked_and_known_again(model: Path, tmp_path: Path)
     assert again.configs["scheduler"]["prediction_type"] == "v_prediction"
 
 
-def test_the_unet_alone_in_either_layout_is_read(model: Path, single: Path, tmp_path: Path):  # noqa: F811
+def test_the_unet_alone_in_either_layout_is_read(model: Path, single: Path, tmp_path: Path):
     prefix = "model.diffusion_model."
     alone = {k.removeprefix(prefix): x for k, x in load_file(single).items() if k.startswith(prefix)}
     save_file(alone, tmp_path / "ldm.safetensors")
@@ -120,7 +119,7 @@ def test_the_unet_alone_in_either_layout_is_read(model: Path, single: Path, tmp_
             np.testing.assert_array_equal(tensor.read(), ours[key])
 
 
-def test_the_refiner_has_its_one_text_encoder_in_the_first_place(model: Path, tmp_path: Path):  # noqa: F811
+def test_the_refiner_has_its_one_text_encoder_in_the_first_place(model: Path, tmp_path: Path):
     whole = open_model(ConvertConfig(src=str(model), dst=""))
     refiner = replace(whole, parts={part: t for part, t in whole.parts.items() if part != "text_encoder"})
     write_single_file(refiner, tmp_path / "refiner.safetensors")
