@@ -264,8 +264,11 @@ class _Meter:
         self.pending = (n, metrics)
 
     def restart(self) -> None:
-        """Begin the next step's time now: what was drawn or saved since is not part of it."""
-        self.clock = time.perf_counter()
+        """Begin the next step's time now: what was drawn or saved since is no part of it, nor of the speed."""
+        now = time.perf_counter()
+        if self.began is not None:
+            self.began += now - self.clock
+        self.clock = now
 
     def flush(self) -> None:
         """Wait for the remembered step and report it.

@@ -99,9 +99,7 @@ class Watch:
             TextColumn("step"),
             MofNCompleteColumn(),
             BarColumn(bar_width=None),
-            TextColumn(
-                "loss {task.fields[loss]:.4f}  lr {task.fields[rate]:.2e}  {task.fields[speed]:.1f} images/s  left"
-            ),
+            TextColumn("{task.fields[status]}  left"),
             TimeRemainingColumn(compact=True),
         )
         self.bar = Progress(*columns, console=self.console, transient=False) if self.console.is_terminal else None
@@ -110,9 +108,7 @@ class Watch:
     def __enter__(self) -> "Watch":
         if self.bar is not None:
             self.bar.start()
-            self.task = self.bar.add_task(
-                "", total=self.total, completed=self.start, loss=math.nan, rate=0.0, speed=0.0
-            )
+            self.task = self.bar.add_task("", total=self.total, completed=self.start, status="compiling")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -121,10 +117,9 @@ class Watch:
 
     def show(self, step: int, *, loss: float, rate: float, speed: float, seconds_left: float) -> None:
         """The state of the run after `step`; `speed` is images a second."""
+        status = f"loss {loss:.4f}  lr {rate:.2e}  {speed:.1f} images/s"
         if self.bar is not None and self.task is not None:
-            self.bar.update(self.task, completed=step, loss=loss, rate=rate, speed=speed)
+            self.bar.update(self.task, completed=step, status=status)
         elif step % self.log_period == 0 or step == self.total:
             left = f"{int(seconds_left // 60)}:{int(seconds_left % 60):02d}"
-            log.info(
-                "step %d/%d  loss %.4f  lr %.2e  %.1f images/s  %s left", step, self.total, loss, rate, speed, left
-            )
+            log.info("step %d/%d  %s  %s left", step, self.total, status, left)

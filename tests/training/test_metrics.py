@@ -1,10 +1,13 @@
+import io
 import json
 import logging
 import math
 
 import pytest
+from rich.console import Console
 
 from sdxl_eqx.config import MetricsConfig
+from sdxl_eqx.training import metrics
 from sdxl_eqx.training.metrics import MetricsWriter, Watch, cut_after
 
 
@@ -108,3 +111,16 @@ def test_without_a_terminal_a_line_stands_for_the_bar_each_period_and_at_the_end
         watch.show(step, loss=0.5, rate=1e-3, speed=20.0, seconds_left=65.0)
     messages = [r.getMessage() for r in caplog.records]
     assert messages == ([f"step {step}/12  loss 0.5000  lr 1.00e-03  20.0 images/s  1:05 left"] if shown else [])
+
+
+def test_on_a_terminal_a_bar_shows_loss_rate_and_speed(monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(metrics, "Console", lambda: Console(force_terminal=True, file=screen, width=110))
+    with Watch(start=0, total=2, log_period=1) as watch:
+        assert watch.bar is not None
+        watch.bar.refresh()
+        assert "compiling" in screen.getvalue() and "nan" not in screen.getvalue()
+        watch.show(1, loss=0.5, rate=1e-3, speed=9.25, seconds_left=3.0)
+        watch.bar.refresh()
+    assert "loss 0.5000  lr 1.00e-03  9.2 images/s" in screen.getvalue()
+    assert "1/2" in screen.getvalue()
