@@ -38,11 +38,13 @@ def main() -> int:
     if outcome.signal:
         log.info("saved at step %d; continue with:\n%s", outcome.step, again)
         return 128 + outcome.signal
+    dtype = config.checkpoint.export_dtype
     log.info(
         "\ndone: %s\n  samples/     pictures drawn while training\n  checkpoints/ to resume or load with load_unet\n"
-        "  export/      diffusers folder (%s)\n  tensorboard/ tensorboard --logdir %s\n"
-        "Load it: StableDiffusionXLPipeline.from_pretrained(%r)\nTrain on, with more --max-train-steps:\n%s",
-        folder, config.checkpoint.export_dtype, folder / "tensorboard", str(folder / "export"), again,
+        "  export/      diffusers folder in %s\n  tensorboard/ tensorboard --logdir %s\n"
+        "Load it: StableDiffusionXLPipeline.from_pretrained(%r, torch_dtype=torch.%s)\n"
+        "Train on, with more --max-train-steps:\n%s",
+        folder, dtype, folder / "tensorboard", str(folder / "export"), dtype, again,
     )  # fmt: skip
     return 0
 
