@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -131,6 +132,44 @@ def test_the_refiner_has_its_one_text_encoder_in_the_first_place(model: Path, tm
     for part, tensors in refiner.parts.items():
         for key, tensor in tensors.items():
             np.testing.assert_array_equal(again.parts[part][key].read(), tensor.read())
+
+
+def test_a_variant_is_read_by_its_name_whole_or_sharded(model: Path, tmp_path: Path):
+    """Names as diffusers gives them: the variant stands before the last dot, and before an index's."""
+    folder = tmp_path / "half"
+    shutil.copytree(model, folder)
+    for part, stem in PARTS.items():
+        file = folder / part / f"{stem}.safetensors"
+        half = {key: x.astype(np.float16) for key, x in load_file(file).items()}
+        if part == "unet":
+            names = {key: f"{stem}.fp16-0000{i % 2 + 1}-of-00002.safetensors" for i, key in enumerate(sorted(half))}
+            for name in set(names.values()):
+                save_file({key: x for key, x in half.items() if names[key] == name}, folder / part / name)
+            index = json.dumps({"metadata": {}, "weight_map": names})
+            (folder / part / f"{stem}.safetensors.index.fp16.json").write_text(index)
+        else:
+            save_file(half, folder / part / f"{stem}.fp16.safetensors")
+    convert(ConvertConfig(src=str(folder), dst=str(tmp_path / "out"), variant="fp16"))
+    convert(ConvertConfig(src=str(model), dst=str(tmp_path / "cast"), dtype="float16"))
+    assert sums(tmp_path / "out") == sums(tmp_path / "cast") != sums(model)
+    with pytest.raises(ValueError, match="no safetensors of variant bf16"):
+        open_model(ConvertConfig(src=str(folder), dst="", variant="bf16"))
+
+
+def test_old_names_of_the_vaes_attention_are_known(model: Path, tmp_path: Path):
+    folder = tmp_path / "old"
+    shutil.copytree(model, folder)
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    renamed = {}
+    for key, x in load_file(file).items():
+        for new, name in old.items():
+            key = key.replace(f".attentions.0.{new}.", f".attentions.0.{name}.")
+        renamed[key] = x
+    assert any("proj_attn" in key for key in renamed)
+    save_file(renamed, file)
+    convert(ConvertConfig(src=str(folder), dst=str(tmp_path / "out")))
+    assert sums(tmp_path / "out") == sums(model)
 
 
 def test_keys_that_no_model_has_are_left_out_and_said(single: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
