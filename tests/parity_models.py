@@ -19,8 +19,9 @@ from sdxl_eqx.data.tokenizer import bundled_tokenizers, tokenize
 from sdxl_eqx.diffusion.loss import denoising_loss
 from sdxl_eqx.diffusion.schedule import Schedule, ScheduleConfig
 from sdxl_eqx.models.clip import CLIPText, CLIPTextConfig
+from sdxl_eqx.models.controlnet import ControlNet, ControlNetConfig
 from sdxl_eqx.models.sdxl import Conditioning
-from sdxl_eqx.models.unet import UNet, UNetConfig
+from sdxl_eqx.models.unet import Control, UNet, UNetConfig
 from sdxl_eqx.models.vae import VAE, VAEConfig
 from sdxl_eqx.nn.compute import Compute
 from sdxl_eqx.sampling.pipeline import SamplerConfig
@@ -61,6 +62,9 @@ REFINER = UNetConfig(
     norm_eps=1e-5,
 )
 """The refiner's shape: four levels, no attention in the last, two layers a block, five time_ids."""
+
+CONTROLNET = ControlNetConfig(UNET, conditioning_embedding_out_channels=(6, 10, 14, 20))
+"""UNET's ControlNet, with unequal widths on the way from the picture to the latents' grid."""
 
 VAE_CONFIG = VAEConfig(
     in_channels=3,
@@ -129,6 +133,13 @@ def unet_inputs(config: UNetConfig, grid: tuple[int, int], *, time_ids: int = 6,
     }
 
 
+def control_image(config: ControlNetConfig, grid: tuple[int, int], *, seed: int = 0) -> np.ndarray:
+    """NHWC pictures in [0, 1] for a ControlNet at latents of that grid."""
+    sides = (config.downscale * grid[0], config.downscale * grid[1])
+    shape = (2, *sides, config.conditioning_channels)
+    return generator("control image", grid, seed).uniform(0, 1, shape).astype(np.float32)
+
+
 def sampler_config(steps: int, guidance_scale: float, **changes: Any) -> SamplerConfig:
     """A sampler in float32 with those changes of the schedule."""
     return SamplerConfig(ScheduleConfig(**changes), steps, guidance_scale, jnp.float32, PLAIN)
@@ -194,6 +205,12 @@ def strict(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 run_unet = strict(lambda unet, x, t, context, pooled, time_ids: unet(x, t, context, pooled, time_ids))
+run_controlnet = strict(
+    lambda net, x, t, context, pooled, time_ids, image, scale: net(x, t, context, pooled, time_ids, image, scale=scale)
+)
+run_controlled = strict(
+    lambda unet, x, t, context, pooled, time_ids, control: unet(x, t, context, pooled, time_ids, control=control)
+)
 run_encode = strict(lambda vae, x: vae.encode(x))
 run_decode = strict(lambda vae, z: vae.decode(z))
 run_text = strict(lambda encoder, ids: encoder(ids))
@@ -213,9 +230,23 @@ def loss_and_gradient(unet: UNet, schedule: Schedule, inputs: Tensors, compute: 
 
 def apply_unet(unet: UNet, inputs: Mapping[str, Any]) -> np.ndarray:
     """The UNet's output at inputs of `unet_inputs`, in float32."""
+    return np.asarray(run_unet(unet, **unet_arguments(inputs)))
+
+
+def unet_arguments(inputs: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """A UNet's arguments among inputs of `unet_inputs`."""
     arrays = {name: jnp.asarray(inputs[name]) for name in ("x", "t", "context", "pooled", "time_ids")}
-    arrays["t"] = arrays["t"].astype(jnp.float32)
-    return np.asarray(run_unet(unet, **arrays))
+    return {**arrays, "t": arrays["t"].astype(jnp.float32)}
+
+
+def apply_controlnet(net: ControlNet, inputs: Mapping[str, Any], image: np.ndarray, scale: float = 1.0) -> Control:
+    """A ControlNet's residuals at inputs of `unet_inputs` and a picture; another scale is not compiled anew."""
+    return run_controlnet(net, **unet_arguments(inputs), image=jnp.asarray(image), scale=jnp.float32(scale))
+
+
+def apply_controlled(unet: UNet, inputs: Mapping[str, Any], control: Control) -> np.ndarray:
+    """The UNet's output at inputs of `unet_inputs` with what ControlNets add."""
+    return np.asarray(run_controlled(unet, **unet_arguments(inputs), control=control))
 
 
 def unet_gradient(unet: UNet, inputs: Tensors, prediction_type: Any, compute: Compute) -> tuple[float, UNet]:

@@ -13,6 +13,7 @@ from parity_models import Tensors, nchw, nhwc
 
 from sdxl_eqx.diffusion.schedule import ScheduleConfig
 from sdxl_eqx.models.clip import CLIPTextConfig
+from sdxl_eqx.models.controlnet import ControlNetConfig
 from sdxl_eqx.models.unet import UNetConfig
 from sdxl_eqx.models.vae import VAEConfig
 
@@ -33,8 +34,10 @@ with their_warnings_are_theirs():
     # Lazy modules: named here, so that all their imports happen under the filter.
     lazy: Any = diffusers
     AutoencoderKL = lazy.AutoencoderKL
+    ControlNetModel = lazy.ControlNetModel
     DDPMScheduler = lazy.DDPMScheduler
     EulerDiscreteScheduler = lazy.EulerDiscreteScheduler
+    MultiControlNetModel = lazy.MultiControlNetModel
     StableDiffusionXLPipeline = lazy.StableDiffusionXLPipeline
     UNet2DConditionModel = lazy.UNet2DConditionModel
     TorchTextConfig: Any = transformers.CLIPTextConfig
@@ -61,6 +64,12 @@ def their_unet(config: UNetConfig, *, salt: int = 0) -> Any:
     """diffusers' UNet of that config."""
     with their_warnings_are_theirs():
         return fill(UNet2DConditionModel.from_config(config.to_json()), salt=salt)
+
+
+def their_controlnet(config: ControlNetConfig, *, salt: int = 0) -> Any:
+    """diffusers' ControlNet of that config; its zero convolutions are filled too."""
+    with their_warnings_are_theirs():
+        return fill(ControlNetModel.from_config(config.to_json()), salt=salt)
 
 
 def their_vae(config: VAEConfig, *, salt: int = 0) -> Any:
@@ -94,17 +103,44 @@ def to_numpy(x: Any) -> np.ndarray:
     return nhwc(y) if y.ndim == 4 else y
 
 
-def call_unet(unet: Any, x: Any, t: Any, inputs: Mapping[str, Any]) -> Any:
-    """diffusers' UNet as its SDXL pipeline calls it."""
-    added = {"text_embeds": to_torch(inputs["pooled"]), "time_ids": to_torch(inputs["time_ids"])}
+def added_conditions(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """diffusers' name for pooled text and micro-conditioning."""
+    return {"text_embeds": to_torch(inputs["pooled"]), "time_ids": to_torch(inputs["time_ids"])}
+
+
+def call_unet(unet: Any, x: Any, t: Any, inputs: Mapping[str, Any], **residuals: Any) -> Any:
+    """diffusers' UNet as its SDXL pipelines call it."""
     with their_warnings_are_theirs():
-        return unet(x, t, to_torch(inputs["context"]), added_cond_kwargs=added).sample
+        return unet(x, t, to_torch(inputs["context"]), added_cond_kwargs=added_conditions(inputs), **residuals).sample
 
 
 def their_output(unet: Any, inputs: Mapping[str, Any]) -> np.ndarray:
     """The UNet's output at inputs of `unet_inputs`."""
     with torch.no_grad():
         return to_numpy(call_unet(unet, to_torch(inputs["x"]), to_torch(inputs["t"]), inputs))
+
+
+def their_controlled_output(
+    unet: Any, net: Any, inputs: Mapping[str, Any], image: Any, scale: Any
+) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    """(residuals of the skips, of the mid block, the UNet's output with both), as diffusers' pipeline makes them.
+
+    `image` and `scale` are lists where `net` is a `MultiControlNetModel`.
+    """
+    x, t = to_torch(inputs["x"]), to_torch(inputs["t"])
+    pictures = [to_torch(one) for one in image] if isinstance(image, list) else to_torch(image)
+    with torch.no_grad(), their_warnings_are_theirs():
+        down, mid = net(
+            x,
+            t,
+            encoder_hidden_states=to_torch(inputs["context"]),
+            controlnet_cond=pictures,
+            conditioning_scale=scale,
+            added_cond_kwargs=added_conditions(inputs),
+            return_dict=False,
+        )
+        out = call_unet(unet, x, t, inputs, down_block_additional_residuals=down, mid_block_additional_residual=mid)
+    return [to_numpy(residual) for residual in down], to_numpy(mid), to_numpy(out)
 
 
 def their_gradient(unet: Any, inputs: Mapping[str, Any], prediction_type: str) -> tuple[float, Tensors]:

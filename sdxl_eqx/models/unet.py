@@ -88,8 +88,8 @@ class UNetConfig:
         )
 
     @classmethod
-    def from_json(cls, config: Mapping[str, Any]) -> "UNetConfig":
-        """Read diffusers' `unet/config.json`.
+    def from_json(cls, config: Mapping[str, Any], *, part: str = "unet") -> "UNetConfig":
+        """Read diffusers' `unet/config.json`; errors call it `part`.
 
         Raises:
             ValueError: for a variant that SDXL does not use, with its key and value.
@@ -99,13 +99,13 @@ class UNetConfig:
         levels = len(channels)
         down = tuple(config["down_block_types"])
         if any(name not in names for name in down):
-            raise ValueError(f"unet config: down_block_types {down} must be of {list(names)}.")
+            raise ValueError(f"{part} config: down_block_types {down} must be of {list(names)}.")
         attention = tuple(names[name] for name in down)
         up = tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention))
         # attention_head_dim holds head counts: diffusers kept the historic misnomer.
         heads = config.get("num_attention_heads") or config["attention_head_dim"]
         require(
-            "unet",
+            part,
             config,
             must={
                 "up_block_types": up,
@@ -298,6 +298,30 @@ def _transformers(config: UNetConfig, level: int, n: int, *, key: PRNGKeyArray) 
     return tuple(config.transformer(level, key=k) for k in jr.split(key, n))
 
 
+class Control(eqx.Module):
+    """What ControlNets add to a UNet: to each skip connection, and to the mid block's output (Zhang et al. 2023)."""
+
+    down: tuple[Float[Array, "b _ _ _"], ...]
+    mid: Float[Array, "b h w c"]
+
+
+def embed(
+    time_embedding: TimestepEmbedding,
+    add_embedding: TimestepEmbedding,
+    config: UNetConfig,
+    timestep: Float[Array, " b"],
+    pooled: Float[Array, "b p"],
+    time_ids: Float[Array, "b i"],
+) -> Float[Array, "b t"]:
+    """The sum of time and `text_time` embeddings; the sinusoids in float32, whatever the weights' dtype."""
+    dtype = time_embedding.linear_1.weight.dtype
+    b = pooled.shape[0]
+    time = sinusoid(timestep, config.block_out_channels[0]).astype(dtype)
+    sizes = sinusoid(time_ids.reshape(-1), config.addition_time_embed_dim).reshape(b, -1)
+    added = jnp.concatenate([pooled.astype(dtype), sizes.astype(dtype)], axis=-1)
+    return time_embedding(time) + add_embedding(added)
+
+
 class UNet(eqx.Module):
     """SDXL's noise predictor (Podell et al. 2023; diffusers `UNet2DConditionModel` with `text_time` conditioning)."""
 
@@ -339,22 +363,29 @@ class UNet(eqx.Module):
         pooled: Float[Array, "b p"],
         time_ids: Float[Array, "b i"],
         *,
+        control: Control | None = None,
         compute: Compute = Compute(),
     ) -> Float[Array, "b h w c"]:
         """Predict noise (or velocity) in latents `x`.
 
         `timestep` is from 0 to 999; `context` the text of both encoders; `pooled` that of the second; `time_ids` are
-        (original height, width, crop top, left, target height, width) in pixels. The result has x's dtype.
+        (original height, width, crop top, left, target height, width) in pixels; `control` what ControlNets make of the
+        same inputs. The result has x's dtype.
+
+        Raises:
+            ValueError: for a `control` of a UNet of another depth.
         """
         temb = self.embed(timestep, pooled, time_ids).astype(x.dtype)
         context = context.astype(x.dtype)
-        y = self.conv_in(x)
-        skips = [y]
+        skips = [self.conv_in(x)]
         for down in self.down_blocks:
-            outputs = down(y, temb, context, compute)
-            skips.extend(outputs)
-            y = outputs[-1]
-        y = self.mid_block(y, temb, context, compute)
+            skips.extend(down(skips[-1], temb, context, compute))
+        y = self.mid_block(skips[-1], temb, context, compute)
+        if control is not None:
+            if len(control.down) != len(skips):
+                raise ValueError(f"control must have {len(skips)} residuals, one a skip; got {len(control.down)}.")
+            skips = [skip + extra.astype(x.dtype) for skip, extra in zip(skips, control.down, strict=True)]
+            y = y + control.mid.astype(x.dtype)
         for up in self.up_blocks:
             used = [skips.pop() for _ in up.resnets]
             size = (skips[-1].shape[1], skips[-1].shape[2]) if skips else None
@@ -364,10 +395,5 @@ class UNet(eqx.Module):
     def embed(
         self, timestep: Float[Array, " b"], pooled: Float[Array, "b p"], time_ids: Float[Array, "b i"]
     ) -> Float[Array, "b t"]:
-        """The sum of time and `text_time` embeddings; the sinusoids in float32, whatever the weights' dtype."""
-        dtype = self.time_embedding.linear_1.weight.dtype
-        b = pooled.shape[0]
-        time = sinusoid(timestep, self.config.block_out_channels[0]).astype(dtype)
-        sizes = sinusoid(time_ids.reshape(-1), self.config.addition_time_embed_dim).reshape(b, -1)
-        added = jnp.concatenate([pooled.astype(dtype), sizes.astype(dtype)], axis=-1)
-        return self.time_embedding(time) + self.add_embedding(added)
+        """The function `embed` by this model's layers."""
+        return embed(self.time_embedding, self.add_embedding, self.config, timestep, pooled, time_ids)
