@@ -45,9 +45,17 @@ class ModelConfig:
     """The model that is trained."""
 
     pretrained_model_name_or_path: str = "stabilityai/stable-diffusion-xl-base-1.0"
-    """Hub id or diffusers folder; `asset:tiny-sdxl` is the small one that comes with the package."""
+    """Hub id, diffusers folder, single .safetensors file, or a folder that convert_weights.py made `--to native`;
+    `asset:tiny-sdxl` is the small one that comes with the package."""
     revision: str = "main"
     """Branch, tag or commit on the Hub."""
+    variant: str = ""
+    """Word in the names of a diffusers folder's weight files, such as fp16; only those are fetched and read."""
+    unet_checkpoint: str = ""
+    """Another UNet to put in: diffusers folder, .safetensors file in either layout, Hub id, or a run (its average, if
+    it has one)."""
+    from_pt: bool = True
+    """Read PyTorch-layout files (safetensors); otherwise Flax ones (.msgpack) where there are any."""
     weights_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the stored parameters; the optimizer's moments and the moving average are float32."""
     activations_dtype: DtypeName = "bfloat16"

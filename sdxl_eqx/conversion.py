@@ -1,52 +1,76 @@
 """Models from one file format to another: what `scripts/convert_weights.py` does."""
 
+import dataclasses
 import logging
 import shutil
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import jax
 import numpy as np
 import tyro
 
-from sdxl_eqx.data.assets import resolve
-from sdxl_eqx.data.tokenizer import load_tokenizers, save_tokenizers
-from sdxl_eqx.models.clip import CLIPText, CLIPTextConfig
-from sdxl_eqx.models.unet import UNet, UNetConfig
-from sdxl_eqx.models.vae import VAE, VAEConfig
-from sdxl_eqx.weights.folder import read_folder, read_part, write_folder
+from sdxl_eqx.data.assets import located, resolve
+from sdxl_eqx.data.tokenizer import FOLDERS, load_tokenizers, save_tokenizers
+from sdxl_eqx.diffusion.schedule import ScheduleConfig
+from sdxl_eqx.models.unet import UNetConfig
+from sdxl_eqx.weights.folder import index_of, read_folder, write_folder
+from sdxl_eqx.weights.hub import find
+from sdxl_eqx.weights.lora import merge, read_lora, write_kohya, write_peft
 from sdxl_eqx.weights.model import PARTS, Model
-from sdxl_eqx.weights.names import places
-from sdxl_eqx.weights.read import check_keys, model_folder, read_json
-from sdxl_eqx.weights.single_file import read_single_file, write_single_file
-from sdxl_eqx.weights.tensors import DTYPES, open_file
+from sdxl_eqx.weights.native import write_native
+from sdxl_eqx.weights.open import Source, open_model
+from sdxl_eqx.weights.read import read_json
+from sdxl_eqx.weights.run import CHECKPOINTS, find_checkpoint
+from sdxl_eqx.weights.single_file import known, write_single_file
+from sdxl_eqx.weights.skeletons import check, skeleton_places
+from sdxl_eqx.weights.tensors import DTYPES, Tensor
 
 log = logging.getLogger("sdxl_eqx")
+
+LORA_FORMATS = ("kohya", "peft")
+ONE_FILE = ("single-file", *LORA_FORMATS)
 
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    """Convert SDXL weights between file formats, tensor by tensor, bit for bit unless --dtype is given."""
+    """Convert SDXL weights between file formats, tensor by tensor, bit for bit unless --dtype or --lora is given."""
 
     src: Annotated[str, tyro.conf.Positional]
-    """Diffusers folder, Hub id, single .safetensors file (whole model or UNet alone), or `asset:NAME`."""
+    """Diffusers folder, Hub id, .safetensors file (whole model, UNet, VAE or ControlNet alone; a LoRA for --to kohya
+    and peft), a run's folder, a folder in the native format, or `asset:NAME`."""
     dst: Annotated[str, tyro.conf.Positional]
-    """Folder (diffusers) or .safetensors file (single-file) to write."""
-    to: Literal["diffusers", "single-file"] = "diffusers"
-    """Format to write."""
+    """Folder (diffusers, native) or .safetensors file (the others) to write."""
+    to: Literal["diffusers", "single-file", "native", "kohya", "peft"] = "diffusers"
+    """Format to write: diffusers' folder; one file for ComfyUI and A1111; this project's own, in Orbax; a LoRA for
+    kohya's scripts and ComfyUI; a LoRA for diffusers."""
     dtype: Literal["keep", "float32", "float16", "bfloat16"] = "keep"
     """Dtype of the floating-point tensors."""
+    unet: str = ""
+    """Another UNet to put in, such as SDXL Lightning's: file, folder, Hub id or run."""
+    vae: str = ""
+    """Another VAE to put in, or one for a single file that has none: file, folder or Hub id."""
+    lora: tuple[str, ...] = ()
+    """LoRA files to merge into the weights, in float32."""
+    lora_scale: tuple[float, ...] = ()
+    """Strength of each of them; 1 where none is given."""
     variant: str = ""
     """Word in the names of a folder's files, such as fp16."""
     revision: str = "main"
     """Branch, tag or commit on the Hub."""
+    from_pt: bool = True
+    """Read PyTorch-layout files (safetensors); otherwise Flax ones (.msgpack) where there are any."""
+    step: int | None = None
+    """Of a run: the checkpoint to take; the newest by default."""
+    ema: bool = True
+    """Of a run: take the moving average, if it has one, instead of the raw weights."""
     config_from: str = ""
-    """Diffusers folder whose JSON configs describe a single file that is not shaped like SDXL base or refiner."""
+    """Diffusers folder whose JSON configs describe a file that is not shaped like SDXL base or refiner."""
     overwrite: bool = False
-    """Replace DST if it is there."""
+    """Replace DST if it is there: a file, or a folder that holds a model."""
 
 
 def convert(config: ConvertConfig) -> None:
@@ -54,81 +78,169 @@ def convert(config: ConvertConfig) -> None:
 
     Raises:
         ValueError: for input that cannot be read, or a destination that is there.
+        OSError: where the destination cannot be written. Nothing of it is left.
     """
     dst = Path(config.dst)
     if dst.exists() and not config.overwrite:
         raise ValueError(f"{dst}: is there already; give another name, or --overwrite to replace it.")
-    if config.to == "single-file" and dst.suffix != ".safetensors":
-        raise ValueError(f"{dst}: a single file is named *.safetensors.")
+    one_file = config.to in ONE_FILE
+    if one_file and (dst.suffix != ".safetensors" or dst.is_dir()):
+        raise ValueError(f"{dst}: --to {config.to} writes a file, which is named *.safetensors.")
+    if not one_file and dst.suffix in (".safetensors", ".ckpt"):
+        raise ValueError(f"{dst}: --to {config.to} writes a folder; for one file give --to single-file.")
     began = time.perf_counter()
-    model = open_model(config)
-    check(model, config.src)
-    if model.left_out:
-        log.info("left out, as no model here has them: %s", ", ".join(model.left_out))
-    if config.dtype != "keep":
-        model = model.cast(np.dtype(DTYPES[{"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[config.dtype]]))
-    if config.to == "single-file":
-        write_single_file(model, dst)
+    if config.to in LORA_FORMATS:
+        nbytes, what = _convert_lora(config, dst)
     else:
-        write_folder(model, dst, save_tokenizers=partial(_save_tokenizers, model), overwrite=config.overwrite)
-    seconds = time.perf_counter() - began
-    log.info("%s: %.2f GB in %.1f s (%s)", dst, model.nbytes / 1e9, seconds, ", ".join(model.parts))
+        model = whole_model(config)
+        if model.left_out:
+            log.info("left out, as no model here has them: %s", ", ".join(model.left_out))
+        save = partial(_save_tokenizers, model)
+        if config.to == "single-file":
+            write_single_file(model, dst)
+        elif config.to == "native":
+            write_native(model, dst, save_tokenizers=save, overwrite=config.overwrite)
+        else:
+            write_folder(model, dst, save_tokenizers=save, overwrite=config.overwrite)
+        nbytes, what = model.nbytes, ", ".join(model.parts)
+    log.info("%s: %.2f GB in %.1f s (%s)", dst, nbytes / 1e9, time.perf_counter() - began, what)
 
 
-def open_model(config: ConvertConfig) -> Model:
-    """The model that `config.src` names, mapped and checked but not read.
+def whole_model(config: ConvertConfig) -> Model:
+    """What is to be written: the model that `config.src` names, with all that is put in, checked but not read.
 
     Raises:
         ValueError: for what cannot be read, saying what it is.
     """
-    configs = {}
-    if config.config_from:
-        other = Path(config.config_from)
-        configs = {part: read_json(other / part / "config.json") for part in PARTS if (other / part).is_dir()}
-        configs["scheduler"] = read_json(other / "scheduler" / "scheduler_config.json")
-    source = Path(config.src)
-    if source.is_file():
-        if source.suffix in (".bin", ".ckpt", ".pt", ".pth"):
-            raise ValueError(
-                f"{source}: a PyTorch pickle, which can run code when read and is never loaded. Where you trust it: "
-                'python -c "import torch, safetensors.torch as s; d = torch.load(IN, weights_only=True); '
-                "s.save_file(d.get('state_dict', d), OUT)\""
-            )
-        if "conv_in.weight" in open_file(source)[0]:
-            return _diffusers_unet(source, configs)
-        return read_single_file(source, configs=configs or None)
-    if config.src.startswith("asset:"):
-        return read_folder(resolve(config.src), variant=config.variant)
-    return read_folder(model_folder(config.src, revision=config.revision), variant=config.variant)
+    configs = _configs_from(config.config_from)
+    model = _open(config, config.src, "SRC", configs=configs)
+    for part, name in (("unet", config.unet), ("vae", config.vae)):
+        if not name:
+            continue
+        other = _open(config, name, f"--{part}", fallback={**model.configs, **(configs or {})}, parts=(part,))
+        if part not in other.parts:
+            raise ValueError(f"--{part} {name!r}: has no {part} but {', '.join(other.parts)}; give a file that has.")
+        parts = {**model.parts, part: other.parts[part]}
+        model = dataclasses.replace(model, parts=parts, configs={**model.configs, part: other.configs[part]})
+    empty = [part for part in model.configs if part != "scheduler" and part not in model.parts]
+    if empty:
+        of = f" of variant {config.variant}" if config.variant else ""
+        raise ValueError(f"{config.src}: {', '.join(empty)}: has a config but no safetensors{of}; fetch them.")
+    check(model, config.src)
+    model = _with_loras(model, config)
+    if config.dtype == "keep":
+        return model
+    return model.cast(np.dtype(DTYPES[{"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[config.dtype]]))
 
 
-def check(model: Model, source: str) -> None:
-    """Check every key and shape of a model against its configs.
-
-    Raises:
-        ValueError: naming the keys that are missing, unknown or of another shape.
-    """
-    for part, tensors in model.parts.items():
-        config = model.configs[part]
-        shapes = jax.eval_shape(partial(_module, part, config))
-        check_keys(places(shapes), tensors, source=f"{source} ({part})")
-
-
-def _module(part: str, config: dict[str, Any]) -> Any:
-    key = jax.random.key(0)
-    if part == "unet":
-        return UNet(UNetConfig.from_json(config), key=key)
-    if part == "vae":
-        return VAE(VAEConfig.from_json(config), key=key)
-    return CLIPText(CLIPTextConfig.from_json(config, projection=part == "text_encoder_2"), key=key)
+def _open(
+    config: ConvertConfig,
+    name: str,
+    flag: str,
+    *,
+    configs: Mapping[str, Any] | None = None,
+    fallback: Mapping[str, Any] | None = None,
+    parts: Sequence[str] = PARTS,
+) -> Model:
+    """A model by name; a run with the parts that it was trained with."""
+    # The revision, the variant and the step are those of SRC alone.
+    own = {"revision": config.revision, "variant": config.variant, "step": config.step} if flag == "SRC" else {}
+    source = Source(located(name), flag, from_pt=config.from_pt, ema=config.ema, **own)
+    model = open_model(source, parts=parts, configs=configs, fallback=fallback)
+    run = Path(source.name)
+    return _of_run(run, config, model) if flag == "SRC" and (run / CHECKPOINTS).is_dir() else model
 
 
-def _diffusers_unet(file: Path, configs: dict[str, dict]) -> Model:
-    beside = file.parent / "config.json"
-    if "unet" not in configs and not beside.is_file():
-        raise ValueError(f"{file}: a diffusers UNet without config.json beside it; give --config-from DIR.")
-    tensors, ignored = read_part("unet", [file])
-    return Model({"unet": tensors}, {"unet": configs.get("unet") or read_json(beside)}, tuple(ignored))
+def _of_run(run: Path, config: ConvertConfig, unet: Model) -> Model:
+    """A run's UNet with the parts that it was trained with: those of the model it began from, else of its export."""
+    found = find_checkpoint(run, step=config.step)
+    flags = found.saved.config
+    log.info("%s: step %d, %s", run, found.step, found.item(ema=config.ema).name)
+    begun = Source(
+        located(flags["pretrained_model_name_or_path"]), "the run's --pretrained-model-name-or-path",
+        flags["revision"], variant=flags.get("variant", ""), from_pt=flags.get("from_pt", True),
+    )  # fmt: skip
+    try:
+        model = open_model(begun, parts=[part for part in PARTS if part != "unet"])
+        absent = [part for part in PARTS if part != "unet" and part not in model.parts]
+        why = f"{begun.name} has no {', '.join(absent)}" if absent else ""
+    except ValueError as error:
+        model, why = Model({}, {}), str(error)
+    if why:
+        export = run / "export"
+        if not export.is_dir():
+            raise ValueError(f"{run}: {why}, and the run has no export/ to take them from; finish the run first.")
+        log.info("%s; the parts beside the UNet are those of %s", why, export)
+        model = read_folder(export)
+    changed = {key: value for key, value in flags["diffusion_scheduler_config"].items() if value}
+    scheduler = ScheduleConfig.from_json({**model.configs["scheduler"], **changed}).to_json()
+    return dataclasses.replace(
+        model,
+        parts={**unet.parts, **{part: tensors for part, tensors in model.parts.items() if part != "unet"}},
+        configs={**model.configs, **unet.configs, "scheduler": scheduler},
+        index=index_of(caption_dropout=flags["caption_dropout"]),
+    )
+
+
+def _with_loras(model: Model, config: ConvertConfig) -> Model:
+    """The model with the LoRAs merged that the flags name."""
+    scales = config.lora_scale or (1.0,) * len(config.lora)
+    if len(scales) != len(config.lora):
+        raise ValueError(f"--lora-scale: has {len(scales)} numbers for {len(config.lora)} files; give one for each.")
+    loras = [read_lora(find(name, flag="--lora", revision="main"), model) for name in config.lora]
+    return merge(model, list(zip(loras, scales, strict=True))) if loras else model
+
+
+def _convert_lora(config: ConvertConfig, dst: Path) -> tuple[int, str]:
+    """(bytes, what it was) of a LoRA written in another format."""
+    meant = {
+        "unet": config.unet, "vae": config.vae, "lora": config.lora, "lora_scale": config.lora_scale,
+        "dtype": config.dtype != "keep",
+    }  # fmt: skip
+    if any(meant.values()):
+        name = next(name for name, value in meant.items() if value).replace("_", "-")
+        raise ValueError(f"--{name}: is for models, and --to {config.to} writes a LoRA; leave it out.")
+    base = _names_of({**known({}), **(_configs_from(config.config_from) or {})})
+    file = find(config.src, flag="SRC", revision=config.revision)
+    if not file.is_file():
+        raise ValueError(f"{file}: a folder; --to {config.to} takes a LoRA's .safetensors file.")
+    lora = read_lora(file, base)
+    if config.to == "kohya":
+        write_kohya(lora, UNetConfig.from_json(base.configs["unet"]), dst)
+    else:
+        write_peft(lora, dst)
+    ranks = sorted({layer.rank for layer in lora.layers.values()})
+    nbytes = sum(layer.down.nbytes + layer.up.nbytes for layer in lora.layers.values())
+    return nbytes, f"LoRA of {len(lora.layers)} layers, rank {', '.join(map(str, ranks))}"
+
+
+def _names_of(configs: dict[str, dict[str, Any]]) -> Model:
+    """A model without weights: its keys and shapes are what a LoRA's names are looked up in."""
+
+    def nothing() -> np.ndarray:
+        raise AssertionError("this model has names alone")
+
+    parts = {
+        part: {
+            key: Tensor(place.shape, np.dtype(np.float32), nothing)
+            for place in skeleton_places(part, configs[part])
+            for key in place.keys
+        }
+        for part in PARTS
+        if part in configs
+    }
+    return Model(parts, configs)
+
+
+def _configs_from(folder: str) -> dict[str, dict[str, Any]] | None:
+    """The JSON configs of a diffusers folder; None where none is named."""
+    if not folder:
+        return None
+    place = resolve(folder)
+    configs = {part: read_json(place / part / "config.json") for part in PARTS if (place / part).is_dir()}
+    if not configs:
+        raise ValueError(f"--config-from {folder}: no diffusers folder; it has none of {', '.join(PARTS)}.")
+    return {**configs, "scheduler": read_json(place / "scheduler" / "scheduler_config.json")}
 
 
 def _save_tokenizers(model: Model, folder: Path) -> None:
@@ -136,5 +248,6 @@ def _save_tokenizers(model: Model, folder: Path) -> None:
     if model.tokenizers is None:
         save_tokenizers(load_tokenizers(folder), folder)
         return
-    for name in ("tokenizer", "tokenizer_2"):
-        shutil.copytree(model.tokenizers / name, folder / name)
+    for name in FOLDERS:
+        if (model.tokenizers / name).is_dir():
+            shutil.copytree(model.tokenizers / name, folder / name)

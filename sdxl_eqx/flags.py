@@ -85,6 +85,7 @@ SWITCHES = (
         lambda c: not c.model.pretrained_model_name_or_path.startswith("asset:"),
         "name a model of the Hub with --pretrained-model-name-or-path",
     ),
+    Switch(("unet_checkpoint",), lambda c: not c.model.train_new_unet, "leave --train-new-unet out"),
     Switch(
         ("learning_rate_schedule_steps",),
         lambda c: c.optim.lr_schedule != "constant" or c.optim.warmup_steps_fraction > 0,

@@ -1,4 +1,4 @@
-"""The parts of a run's model: what the model folder says they are, and their weights on the devices."""
+"""A model from whatever people have: what it says it is, and its weights on the devices."""
 
 import dataclasses
 import hashlib
@@ -9,33 +9,39 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import equinox as eqx
 import jax
 import jax.random as jr
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import PRNGKeyArray
 
 from sdxl_eqx.config import DiffusionSchedulerConfig, ModelConfig
-from sdxl_eqx.data.assets import resolve
-from sdxl_eqx.data.tokenizer import Tokenizers, load_tokenizers, tokenize
+from sdxl_eqx.data.assets import located
+from sdxl_eqx.data.tokenizer import Tokenizers, bundled_tokenizers, load_tokenizers, tokenize
 from sdxl_eqx.diffusion.schedule import ScheduleConfig
 from sdxl_eqx.models.clip import CLIPText, CLIPTextConfig
 from sdxl_eqx.models.sdxl import Encoders, cast
 from sdxl_eqx.models.unet import UNet, UNetConfig
-from sdxl_eqx.models.vae import VAE, VAEConfig
+from sdxl_eqx.models.vae import VAEConfig
 from sdxl_eqx.parallel.specs import replicated, shardings
-from sdxl_eqx.weights.names import Place
-from sdxl_eqx.weights.read import clip_key, model_folder, read_json, read_model, weight_files
+from sdxl_eqx.weights.model import PARTS, Model
+from sdxl_eqx.weights.open import Source, open_model
+from sdxl_eqx.weights.read import fill
+from sdxl_eqx.weights.skeletons import skeleton
+from sdxl_eqx.weights.tensors import Tensors
 
 C = TypeVar("C")
+
+MODEL_FLAG, UNET_FLAG = "--pretrained-model-name-or-path", "--unet-checkpoint"
 
 
 @dataclass(frozen=True)
 class ModelParts:
-    """A model folder, read but for its weights."""
+    """A model, read but for its weights."""
 
-    folder: Path
+    name: str
+    """File or folder, for errors."""
+    model: Model
     unet: UNetConfig
     vae: VAEConfig
     text: CLIPTextConfig
@@ -45,25 +51,33 @@ class ModelParts:
 
     @classmethod
     def read(cls, config: ModelConfig, scheduler: DiffusionSchedulerConfig, *, token: str) -> "ModelParts":
-        """Read the configs and tokenizers of the folder that the config names, and check that they go together.
+        """Read the configs and tokenizers of the model that the config names, and check that they go together.
 
         Raises:
             ValueError: naming the file or flag, the value and the remedy.
         """
-        name = config.pretrained_model_name_or_path
         token = token or os.environ.get("HF_TOKEN", "")
-        folder = (
-            resolve(name) if name.startswith("asset:") else model_folder(name, revision=config.revision, token=token)
-        )
+        name = config.pretrained_model_name_or_path
+        source = Source(located(name), MODEL_FLAG, config.revision, token, config.variant, from_pt=config.from_pt)
+        other_unet = config.train_new_unet or config.unet_checkpoint
+        model = open_model(source, parts=[part for part in PARTS if part != "unet" or not other_unet])
+        if not model.configs.keys() - {"unet"}:
+            raise ValueError(
+                f"{MODEL_FLAG} {name!r}: holds a UNet alone; name a whole model there, and this with {UNET_FLAG}."
+            )
+        if config.unet_checkpoint:
+            model = _with_unet(model, Source(config.unet_checkpoint, UNET_FLAG, token=token, from_pt=config.from_pt))
         changed = {k: v for k, v in dataclasses.asdict(scheduler).items() if v}
+        configs = _Configs(source.name, model)
         parts = cls(
-            folder=folder,
-            unet=_config(UNetConfig.from_json, folder / "unet"),
-            vae=_config(VAEConfig.from_json, folder / "vae"),
-            text=_config(partial(CLIPTextConfig.from_json, projection=False), folder / "text_encoder"),
-            text_2=_config(partial(CLIPTextConfig.from_json, projection=True), folder / "text_encoder_2"),
-            schedule=ScheduleConfig.from_json({**read_json(folder / "scheduler" / "scheduler_config.json"), **changed}),
-            tokenizers=load_tokenizers(folder),
+            name=source.name,
+            model=model,
+            unet=configs.read("unet", UNetConfig.from_json),
+            vae=configs.read("vae", VAEConfig.from_json),
+            text=configs.read("text_encoder", partial(CLIPTextConfig.from_json, projection=False)),
+            text_2=configs.read("text_encoder_2", partial(CLIPTextConfig.from_json, projection=True)),
+            schedule=configs.read("scheduler", lambda found: ScheduleConfig.from_json({**found, **changed})),
+            tokenizers=load_tokenizers(model.tokenizers) if model.tokenizers else bundled_tokenizers(),
         )
         parts.check()
         return parts
@@ -84,7 +98,7 @@ class ModelParts:
         ):
             if has != wants:
                 raise ValueError(
-                    f"{self.folder}: unet/config.json has {what}: {has}, the other parts make it {wants}; "
+                    f"{self.name}: its UNet's config has {what}: {has}, the other parts make it {wants}; "
                     "they are not of one SDXL base model (the refiner cannot be trained alone)."
                 )
 
@@ -93,63 +107,93 @@ class ModelParts:
         first, second = (tokenize(tokenizer, prompts)[0] for tokenizer in self.tokenizers)
         return first, second
 
-    def files(self, part: str, *, new: bool, flag: str) -> list[Path]:
-        """The weight files of a part; [] where it is to be new.
+    def tensors(self, part: str, *, flag: str) -> Tensors:
+        """The weights of a part.
 
         Raises:
-            ValueError: where the folder has none, naming the flag that makes it new.
+            ValueError: where the model has none, naming the flag that makes it new.
         """
-        files = [] if new else weight_files(self.folder / part)
-        if not files and not new:
-            raise ValueError(f"{self.folder / part}: has no safetensors; give a folder that has, or {flag}.")
-        return files
+        if part not in self.model.parts:
+            raise ValueError(f"{self.name}: has no weights of {part}; give a model that has{flag and f', or {flag}'}.")
+        return self.model.parts[part]
 
     def encoders(self, config: ModelConfig, mesh: Mesh, *, key: PRNGKeyArray) -> Encoders:
         """VAE and text encoders in float32, whole on every device."""
         keys = jr.split(key, 2)
+        whole = replicated(mesh)
 
-        def part(
-            name: str, make: Callable[..., Any], shape: Any, rename: Callable[[str], str], new: bool, part_key: Any
-        ) -> Any:
-            files = self.files(name, new=new and not weight_files(self.folder / name), flag="--new-text-encoders")
-            if not files:
-                return jax.jit(lambda k: make(shape, key=k), out_shardings=replicated(mesh))(part_key)
-            skeleton = eqx.filter_eval_shape(make, shape, key=part_key)
+        def part(name: str, *, make: Callable[..., Any] | None = None) -> Any:
+            if make is not None and name not in self.model.parts:
+                return jax.jit(make, out_shardings=whole)()
+            tensors = self.tensors(name, flag="--new-text-encoders" if name != "vae" else "")
+            shapes = skeleton(name, self.model.configs[name])
+            return fill(
+                shapes, tensors, dtype=np.float32, source=f"{self.name} ({name})", put=lambda _, x: _put(x, whole)
+            )
 
-            def put(_: Place, array: np.ndarray) -> jax.Array:
-                return jax.device_put(array, replicated(mesh))
+        def text(name: str, shape: CLIPTextConfig, text_key: PRNGKeyArray) -> Any:
+            return part(name, make=(lambda: CLIPText(shape, key=text_key)) if config.new_text_encoders else None)
 
-            return read_model(skeleton, files, dtype=np.float32, rename=rename, put=put)
-
-        new = config.new_text_encoders
         return Encoders(
-            text_encoder=part("text_encoder", CLIPText, self.text, clip_key, new, keys[0]),
-            text_encoder_2=part("text_encoder_2", CLIPText, self.text_2, clip_key, new, keys[1]),
-            vae=part("vae", VAE, self.vae, str, False, keys[0]),
+            text_encoder=text("text_encoder", self.text, keys[0]),
+            text_encoder_2=text("text_encoder_2", self.text_2, keys[1]),
+            vae=part("vae"),
         )
 
     def new_unet(self, config: ModelConfig, mesh: Mesh, *, key: PRNGKeyArray) -> UNet:
-        """The UNet to start from, in weights_dtype, laid out over the mesh: the folder's, or a random one."""
+        """The UNet to start from, in weights_dtype, laid out over the mesh: the model's, or a random one."""
         dtype = jax.numpy.dtype(config.weights_dtype)
-        files = self.files("unet", new=config.train_new_unet, flag="--train-new-unet")
 
         def make(k: PRNGKeyArray) -> UNet:
             return cast(UNet(self.unet, key=k), dtype)
 
-        skeleton = jax.eval_shape(make, key)
-        layout = shardings(skeleton, mesh)
-        if not files:
+        shapes = jax.eval_shape(make, key)
+        layout = shardings(shapes, mesh)
+        if config.train_new_unet:
             return jax.jit(make, out_shardings=layout)(key)
+        tensors = self.tensors("unet", flag="--train-new-unet")
         where = iter(jax.tree.leaves(layout))
-        return read_model(skeleton, files, dtype=dtype, put=lambda _, array: jax.device_put(array, next(where)))
+        source = config.unet_checkpoint or self.name
+        return fill(shapes, tensors, dtype=dtype, source=f"{source} (unet)", put=lambda _, x: _put(x, next(where)))
 
 
-def _config(read: Callable[[dict[str, Any]], C], folder: Path) -> C:
-    """The config of a part."""
-    try:
-        return read(read_json(folder / "config.json"))
-    except KeyError as error:
-        raise ValueError(f"{folder / 'config.json'}: has no {error}; fetch the model's own.") from None
+def _put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """An array of the host on the devices, each of which gets its share alone."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def _with_unet(model: Model, source: Source) -> Model:
+    """The model with another UNet; the rest stays."""
+    fallback = {part: config for part, config in model.configs.items() if part == "unet"}
+    other = open_model(source, parts=("unet",), fallback=fallback)
+    if "unet" not in other.parts:
+        raise ValueError(f"{source.flag} {source.name!r}: has no UNet but {', '.join(other.parts)}; give one that has.")
+    return dataclasses.replace(
+        model,
+        parts={**model.parts, "unet": other.parts["unet"]},
+        configs={**model.configs, "unet": other.configs["unet"]},
+    )
+
+
+@dataclass(frozen=True)
+class _Configs:
+    """The JSON configs of a model, and where it lies."""
+
+    name: str
+    model: Model
+
+    def read(self, part: str, make: Callable[[dict[str, Any]], C]) -> C:
+        """The typed config of a part."""
+        file = Path(self.name) / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+        if part not in self.model.configs:
+            if Path(self.name).is_file():
+                hint = "; put one in: scripts/convert_weights.py --vae" if part == "vae" else ""
+                raise ValueError(f"{self.name}: has no {part}; give a whole model{hint}.")
+            raise ValueError(f"{file}: missing; a diffusers folder of SDXL has it.")
+        try:
+            return make(self.model.configs[part])
+        except KeyError as error:
+            raise ValueError(f"{file}: has no {error}; fetch the model's own.") from None
 
 
 def fingerprint(encoders: Encoders, parts: ModelParts) -> str:

@@ -20,6 +20,7 @@ ROOMS = [
     "diffusion",
     "data",
     "parallel",
+    "loading",
     "sampling",
     "training",
     "conversion",

@@ -440,6 +440,7 @@ def test_epochs_alone_in_a_file_mean_the_same_and_steps_win_there_too(written: Y
 
 OFF = {
     "output_dir": ({"base_output_directory": "b"}, "--base-output-directory"),
+    "unet_checkpoint": ({"train_new_unet": True}, "--train-new-unet"),
     "revision": ({"pretrained_model_name_or_path": "asset:tiny-sdxl"}, "--pretrained-model-name-or-path"),
     "learning_rate_schedule_steps": ({}, "--lr-schedule"),
     "decay_all": ({"adam_weight_decay": 0.0}, "--adam-weight-decay"),

@@ -21,3 +21,12 @@ def resolve(path: str) -> Path:
     if name not in known:
         raise ValueError(f"{path!r} names no bundled asset; known are {', '.join(PREFIX + k for k in known)}")
     return ASSETS / name
+
+
+def located(name: str) -> str:
+    """An `asset:NAME` as the path of its folder, and any other name of a model as it is: it may be one of the Hub.
+
+    Raises:
+        ValueError: there is no asset of that name.
+    """
+    return str(resolve(name)) if name.startswith(PREFIX) else name

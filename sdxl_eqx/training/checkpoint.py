@@ -2,47 +2,28 @@
 
 import logging
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import orbax.checkpoint as ocp
 
-from sdxl_eqx.models.unet import UNet, UNetConfig
+from sdxl_eqx.models.unet import UNet
 from sdxl_eqx.training.state import TrainState
+from sdxl_eqx.weights.native import FORMAT, Item
+from sdxl_eqx.weights.run import Saved, find_checkpoint, read_meta
+from sdxl_eqx.weights.skeletons import skeleton
 
 log = logging.getLogger("sdxl_eqx")
-
-FORMAT = 1
-"""Version of the layout; a checkpoint of another one is refused."""
 
 MARGIN = 64 * 2**20
 """Bytes that must stay free beside a checkpoint."""
 
 
-ITEMS = ("loop", "unet", "optimizer", "ema")
-"""The parts of a state as a checkpoint has them."""
-
-
 class NotSaved(Exception):
     """A checkpoint was not written; those that were there before are whole."""
-
-
-@dataclass(frozen=True)
-class Saved:
-    """What stands beside the arrays of a checkpoint."""
-
-    unet: dict[str, Any]
-    """The UNet's config, as diffusers writes it."""
-    ema: bool
-    config: dict[str, Any]
-    """The run's config, flat."""
-    data: dict[str, Any]
-    """Position of the data iterator."""
 
 
 class Checkpoints:
@@ -86,7 +67,7 @@ class Checkpoints:
         Raises:
             ValueError: where it cannot be read or is of another format.
         """
-        return _read_meta(self.manager, step, self.folder)
+        return read_meta(self.manager, step, self.folder)
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state of that step, in the shapes, dtypes and shardings of `like` (`jax.ShapeDtypeStruct`s).
@@ -132,28 +113,10 @@ def load_unet(run: str | Path, *, step: int | None = None, ema: bool = True) -> 
     Raises:
         ValueError: where there is no such checkpoint.
     """
-    folder = (Path(run) / "checkpoints").absolute()
-    if not folder.is_dir():
-        raise ValueError(f"{run}: has no checkpoints/; give the folder of a run.")
-    # Named, or Orbax neither reads the arrays' dtypes nor keeps quiet about the items that are not wanted here.
-    handlers = {"meta": ocp.JsonCheckpointHandler(), **{name: ocp.StandardCheckpointHandler() for name in ITEMS}}
-    options = ocp.CheckpointManagerOptions(create=False)
-    with ocp.CheckpointManager(folder, options=options, item_handlers=handlers) as manager:
-        step = manager.latest_step() if step is None else step
-        if step is None or step not in manager.all_steps():
-            raise ValueError(f"{folder}: has no checkpoint of step {step}; it has {sorted(manager.all_steps())}.")
-        saved = _read_meta(manager, step, folder)
-        config = UNetConfig.from_json(saved.unet)
-        name = "ema" if ema and saved.ema else "unet"
-        shapes = eqx.filter_eval_shape(UNet, config, key=jr.key(0))
-        on_host = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        metadata = manager.item_metadata(step)[name]
-        like = {
-            key: jax.ShapeDtypeStruct(x.shape, metadata[key].dtype, sharding=on_host)
-            for key, x in flatten(shapes).items()
-        }
-        arrays = manager.restore(step, args=ocp.args.Composite(**{name: ocp.args.StandardRestore(like)}))[name]
-    return unflatten(arrays, shapes)
+    found = find_checkpoint(run, step=step)
+    item = Item(found.item(ema=ema))
+    shapes = skeleton("unet", found.saved.unet)
+    return unflatten({path: jnp.array(item.read(path)) for path in flatten(shapes)}, shapes)
 
 
 def flatten(tree: Any) -> dict[str, Any]:
@@ -193,16 +156,3 @@ def _key_words(key: Any) -> Any:
 
 def _is_key(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
-def _read_meta(manager: ocp.CheckpointManager, step: int, folder: Path) -> Saved:
-    try:
-        meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-    except (ValueError, KeyError, FileNotFoundError) as error:
-        raise ValueError(f"{folder / str(step)}: is no checkpoint of this project ({str(error)[:200]}).") from error
-    if meta.get("format") != FORMAT:
-        raise ValueError(
-            f"{folder / str(step)}: has checkpoint format {meta.get('format')}, this version reads {FORMAT}; "
-            "use the version that wrote it, or start another --run-name."
-        )
-    return Saved(meta["unet"], meta["ema"], meta["config"], meta["data"])

@@ -11,8 +11,8 @@ import numpy as np
 
 from sdxl_eqx.data.cache import CachedSource, cache_key, cached_reader, open_cache, write_cache
 from sdxl_eqx.data.loader import BadItems, make_stream, picture_reader
+from sdxl_eqx.loading import fingerprint
 from sdxl_eqx.models.sdxl import Encoders
-from sdxl_eqx.training.parts import fingerprint
 from sdxl_eqx.training.setup import Run
 
 log = logging.getLogger("sdxl_eqx")

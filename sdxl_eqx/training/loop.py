@@ -31,7 +31,7 @@ from sdxl_eqx.training.setup import Run
 from sdxl_eqx.training.showing import caption_retrieval, draw_captions, grid, sample_prompts, save_pictures
 from sdxl_eqx.training.state import TrainState
 from sdxl_eqx.training.step import train_step
-from sdxl_eqx.weights.folder import INDEX, write_folder
+from sdxl_eqx.weights.folder import index_of, write_folder
 from sdxl_eqx.weights.write import model_of
 
 log = logging.getLogger("sdxl_eqx")
@@ -219,9 +219,7 @@ def _finish(run: Run, step: int, state: TrainState, writer: MetricsWriter, stop:
     try:
         dtype = jnp.dtype(run.config.checkpoint.export_dtype)
         model = model_of(SDXL(state.best, run.encoders), run.parts.schedule.to_json(), dtype=dtype)
-        # What an absent negative prompt means to diffusers: with dropout the model has learned the encoded empty one.
-        zeros = run.config.data.caption_dropout == 0
-        model = dataclasses.replace(model, index={**INDEX, "force_zeros_for_empty_prompt": zeros})
+        model = dataclasses.replace(model, index=index_of(caption_dropout=run.config.data.caption_dropout))
         tokenizers = partial(save_tokenizers, run.parts.tokenizers)
         write_folder(model, run.folder.export, save_tokenizers=tokenizers, overwrite=True)
         run.folder.finish(step)

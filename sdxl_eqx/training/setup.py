@@ -19,6 +19,7 @@ from sdxl_eqx.config import TrainConfig, flat, to_yaml
 from sdxl_eqx.data.assets import resolve
 from sdxl_eqx.data.sources import ImageFolder
 from sdxl_eqx.data.tokenizer import tokenize
+from sdxl_eqx.loading import ModelParts
 from sdxl_eqx.models.sdxl import Encoders, cast
 from sdxl_eqx.models.unet import UNet
 from sdxl_eqx.nn.compute import Compute
@@ -27,7 +28,6 @@ from sdxl_eqx.parallel.mesh import global_batch_size, make_mesh
 from sdxl_eqx.parallel.specs import shardings
 from sdxl_eqx.training.checkpoint import Checkpoints, Saved
 from sdxl_eqx.training.optimizer import learning_rate, make_optimizer
-from sdxl_eqx.training.parts import ModelParts
 from sdxl_eqx.training.run_folder import RunFolder, new_name
 from sdxl_eqx.training.state import TrainState, new_state
 from sdxl_eqx.training.step import StepConfig

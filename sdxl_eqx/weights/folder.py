@@ -1,15 +1,21 @@
 """A model as a diffusers folder, read and written tensor by tensor."""
 
+import contextlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from sdxl_eqx.weights.flax import read_flax
+from sdxl_eqx.weights.hub import FLAX
 from sdxl_eqx.weights.model import PARTS, Model
 from sdxl_eqx.weights.read import clip_key, read_json, weight_files
 from sdxl_eqx.weights.tensors import Tensors, open_file, write_file
+
+log = logging.getLogger("sdxl_eqx")
 
 INDEX = {
     "_class_name": "StableDiffusionXLPipeline",
@@ -25,40 +31,73 @@ INDEX = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
-"""`model_index.json` of SDXL base."""
+"""What stands in `model_index.json` of SDXL base."""
+
+
+def index_of(*, caption_dropout: float) -> dict[str, Any]:
+    """`model_index.json` of a model trained with that much caption dropout.
+
+    It says what an absent negative prompt means: with dropout the model has learned the encoded empty one.
+    """
+    return {**INDEX, "force_zeros_for_empty_prompt": caption_dropout == 0}
+
+
+INDEX_NAME = "model_index.json"
+
+NATIVE = "sdxl_eqx.json"
+"""What marks a folder in this project's own layout."""
+
+ALONE = {"UNet2DConditionModel": "unet", "ControlNetModel": "controlnet", "AutoencoderKL": "vae"}
+"""Parts by the class that a folder of one alone names."""
 
 OLD_VAE = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """Names of the VAE's attention in files from before diffusers 0.13."""
 
 
-def read_folder(folder: Path, *, variant: str = "") -> Model:
-    """A diffusers folder, whole or only some of its parts, mapped and not read.
+def read_folder(
+    folder: Path, *, variant: str = "", flax: bool = False, parts: Sequence[str] = (*PARTS, "controlnet")
+) -> Model:
+    """A diffusers folder, mapped and not read: whole, some of its parts, or one UNet or ControlNet alone.
+
+    A part that has no weights, or is not among `parts`, is among the configs alone. With `flax`, a part's Flax weights
+    are taken where it has them.
 
     Raises:
         ValueError: where a part is damaged, incomplete or pickled, or there is none.
     """
-    parts: dict[str, Tensors] = {}
+    places = {part: folder / part for part in PARTS if (folder / part / "config.json").is_file()}
+    if not places and (folder / "config.json").is_file():
+        kind = read_json(folder / "config.json").get("_class_name")
+        if kind not in ALONE:
+            raise ValueError(f"{folder}: holds a {kind} alone; known are {', '.join(ALONE)}.")
+        places = {ALONE[kind]: folder}
+    if not places:
+        raise ValueError(f"{folder}: no diffusers folder; it has none of {', '.join(PARTS)} with a config.json.")
+    found: dict[str, Tensors] = {}
     configs: dict[str, dict[str, Any]] = {}
     left_out = []
-    for part in PARTS:
-        if not (folder / part / "config.json").is_file():
+    for part, place in places.items():
+        configs[part] = read_json(place / "config.json")
+        if part not in parts:
             continue
-        files = weight_files(folder / part, variant=variant)
-        if not files:
-            which = f" of variant {variant}" if variant else ""
-            raise ValueError(f"{folder / part}: has a config but no safetensors{which}; fetch them.")
-        configs[part] = read_json(folder / part / "config.json")
-        parts[part], ignored = read_part(part, files)
+        msgpack = place / FLAX[part] if flax and part in FLAX else None
+        if msgpack is not None and msgpack.is_file():
+            found[part], ignored = read_flax(msgpack, part, configs[part])
+        else:
+            files = weight_files(place, variant=variant)
+            if not files:
+                continue
+            if flax:
+                log.info("%s: no Flax weights, so safetensors are read", place)
+            found[part], ignored = read_part(part, files)
         left_out += [f"{part}.{key}" for key in ignored]
-    if not parts:
-        raise ValueError(f"{folder}: no diffusers folder; it has none of {', '.join(PARTS)} with a config.json.")
     scheduler = folder / "scheduler" / "scheduler_config.json"
     if scheduler.is_file():
         configs["scheduler"] = read_json(scheduler)
-    index = folder / "model_index.json"
+    index = folder / INDEX_NAME
     tokenizers = any((folder / name).is_dir() for name in ("tokenizer", "tokenizer_2"))
     return Model(
-        parts,
+        found,
         configs,
         tuple(left_out),
         tokenizers=folder if tokenizers else None,
@@ -104,27 +143,59 @@ def write_folder(
 
     Raises:
         OSError: where it cannot be written; nothing is left, and what was there stays.
+        ValueError: for numbers that are not finite; the same holds.
     """
-    building = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    shutil.rmtree(building, ignore_errors=True)
-    try:
+    with appearing(folder, overwrite=overwrite) as building:
         for part, tensors in model.parts.items():
+            place = building if part == "controlnet" else building / part
             stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
-            write_file(tensors, building / part / f"{stem}.safetensors", metadata={"format": "pt"})
-            write_json(model.configs[part], building / part / "config.json")
+            write_file(tensors, place / f"{stem}.safetensors", metadata={"format": "pt"})
+            write_json(model.configs[part], place / "config.json")
         if "scheduler" in model.configs:
             write_json(model.configs["scheduler"], building / "scheduler" / "scheduler_config.json")
         if "text_encoder_2" in model.parts:
-            write_json(model.index or INDEX, building / "model_index.json")
+            absent = [part for part in PARTS if part not in model.parts]
+            write_json({**(model.index or INDEX), **{part: [None, None] for part in absent}}, building / INDEX_NAME)
             save_tokenizers(building)
-        if overwrite and folder.exists():
+
+
+@contextlib.contextmanager
+def appearing(folder: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A folder to write into, which takes its name when the block ends well; else nothing of it is left.
+
+    With `overwrite` a model that was there is replaced then, and until then it stays.
+
+    Raises:
+        ValueError: where something else than a model is to be replaced.
+    """
+    replaced = overwrite and folder.exists()
+    if replaced and not _is_model(folder):
+        raise ValueError(f"{folder}: is there and holds no model, so it is not replaced; give another name.")
+    building = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    try:
+        yield building
+        if replaced:
             folder.rename(old)
-        building.rename(folder)
-    except BaseException:
+        try:
+            building.rename(folder)
+        except OSError:
+            if replaced:
+                old.rename(folder)
+            raise
+    finally:
         shutil.rmtree(building, ignore_errors=True)
-        raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether a folder is empty, or one that a conversion writes."""
+    if not folder.is_dir():
+        return False
+    names = {path.name for path in folder.iterdir()}
+    return not names or bool(names & {INDEX_NAME, NATIVE, "config.json", *PARTS})
 
 
 def write_json(value: dict[str, Any], file: Path) -> None:

@@ -129,6 +129,25 @@ def rename(rules: Sequence[Rule], *, to_file: bool) -> Callable[[str], str]:
     return one
 
 
+def renamed(tensors: Tensors, rules: Sequence[Rule], *, to_file: bool) -> Tensors:
+    """Tensors under their keys in the other layout.
+
+    Raises:
+        ValueError: where two keys mean the same tensor.
+    """
+    name = rename(rules, to_file=to_file)
+    found: Tensors = {}
+    for key, tensor in tensors.items():
+        _put(found, name(key), tensor, key)
+    return found
+
+
+def _put(found: Tensors, key: str, tensor: Tensor, stored: str) -> None:
+    if key in found:
+        raise ValueError(f"{key} is held twice: as {stored} and under another name; save the file again with one.")
+    found[key] = tensor
+
+
 def _is_vae_attention(key: str) -> bool:
     """Whether a diffusers key is a matrix of the VAE's attention, which the single file stores as 1x1 convolution."""
     return ".mid_block.attentions.0.to_" in key and key.endswith(".weight")
@@ -145,11 +164,9 @@ def vae_to_file(tensors: Tensors, config: VAEConfig) -> Tensors:
 
 def vae_from_file(tensors: Tensors, config: VAEConfig) -> Tensors:
     """The inverse of `vae_to_file`, without the prefix on either side."""
-    name = rename(vae_rules(config), to_file=False)
-    renamed = {name(key): t for key, t in tensors.items()}
     return {
         key: t.then(lambda x: x[:, :, 0, 0], t.shape[:2]) if _is_vae_attention(key) and len(t.shape) == 4 else t
-        for key, t in renamed.items()
+        for key, t in renamed(tensors, vae_rules(config), to_file=False).items()
     }
 
 
@@ -176,24 +193,28 @@ def text_2_to_file(tensors: Tensors, prefix: str) -> Tensors:
 
 
 def text_2_from_file(tensors: Tensors) -> Tensors:
-    """The inverse of `text_2_to_file`, without the prefix; `logit_scale` is not the model's and is left out."""
+    """The inverse of `text_2_to_file`, without the prefix.
+
+    Raises:
+        ValueError: where two keys mean the same tensor.
+    """
     found: Tensors = {}
     for key, t in tensors.items():
         if key == "text_projection":
-            found["text_projection.weight"] = t.then(np.transpose, t.shape[::-1])
+            _put(found, "text_projection.weight", t.then(np.transpose, t.shape[::-1]), key)
         elif key == "positional_embedding":
-            found["text_model.embeddings.position_embedding.weight"] = t
+            _put(found, "text_model.embeddings.position_embedding.weight", t, key)
         elif key.startswith("transformer.resblocks."):
             number, rest = key.removeprefix("transformer.resblocks.").split(".", 1)
             here = f"text_model.encoder.layers.{number}."
             if rest.startswith("attn.in_proj_"):
                 kind = rest.removeprefix("attn.in_proj_")
                 for i, part in enumerate("qkv"):
-                    found[f"{here}self_attn.{part}_proj.{kind}"] = _third(t, i)
+                    _put(found, f"{here}self_attn.{part}_proj.{kind}", _third(t, i), key)
             else:
-                found[here + rename(TEXT_2_LAYER, to_file=False)(rest)] = t
-        elif key != "logit_scale":
-            found[rename(TEXT_2_RULES, to_file=False)(key)] = t
+                _put(found, here + rename(TEXT_2_LAYER, to_file=False)(rest), t, key)
+        else:
+            _put(found, rename(TEXT_2_RULES, to_file=False)(key), t, key)
     return found
 
 

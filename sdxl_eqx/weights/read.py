@@ -1,4 +1,4 @@
-"""Models from the safetensors of a diffusers folder, local or on the Hub."""
+"""Modules filled from tensors, and the files of one part of a diffusers folder."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -8,56 +8,14 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
+from sdxl_eqx.weights.hub import PICKLES, STEMS
 from sdxl_eqx.weights.names import Place, places
-from sdxl_eqx.weights.tensors import Tensors, open_file
+from sdxl_eqx.weights.tensors import Tensors, check_finite, open_file
 
 M = TypeVar("M")
 
-PATTERNS = ("*.json", "*.txt", "*.safetensors")
-PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae")
 IGNORED = ("position_ids",)
 """Last words of keys that old files carry and no model needs."""
-
-
-def model_folder(name: str, *, revision: str, token: str = "") -> Path:
-    """The diffusers folder that `name` means: a local folder, or a snapshot of that Hub repository.
-
-    Only configs, tokenizers and safetensors are fetched, and nothing where the Hub's cache has them and the Hub is out
-    of reach (or HF_HUB_OFFLINE is set).
-
-    Raises:
-        ValueError: where there is neither, with the remedy; the token is never part of it.
-    """
-    if Path(name).is_dir():
-        return Path(name)
-    if Path(name).is_file():
-        raise ValueError(
-            f"--pretrained-model-name-or-path {name!r}: a file; make it a folder first: "
-            f"python scripts/convert_weights.py {name} FOLDER"
-        )
-    if Path(name).is_absolute() or name.startswith(".") or name.count("/") != 1:
-        raise ValueError(
-            f"--pretrained-model-name-or-path {name!r}: no such folder; "
-            "give a diffusers folder or a Hub id such as stabilityai/stable-diffusion-xl-base-1.0."
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    allow = [f"{part}/{pattern}" for part in PARTS for pattern in PATTERNS] + ["model_index.json"]
-    # Half-precision and other variants would double the download.
-    ignore = ["*.fp16.*", "*.bf16.*", "*onnx*", "*openvino*", "*flax*"]
-    try:
-        return Path(
-            snapshot_download(
-                name, revision=revision, token=token or None, allow_patterns=allow, ignore_patterns=ignore
-            )
-        )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(
-            f"--pretrained-model-name-or-path {name!r}, --revision {revision!r}: neither a folder here, nor in the "
-            f"Hub's cache, nor could it be fetched ({type(error).__name__}). Check the name and the connection, set "
-            "HF_TOKEN if it is gated, or give a local diffusers folder."
-        ) from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -85,7 +43,7 @@ def weight_files(folder: Path, *, variant: str = "") -> list[Path]:
     Raises:
         ValueError: where only a pickle is there, or a shard is missing.
     """
-    for stem in ("diffusion_pytorch_model", "model"):
+    for stem in STEMS:
         dotted = f".{variant}" if variant else ""
         single = folder / f"{stem}{dotted}.safetensors"
         index = folder / f"{stem}.safetensors.index{dotted}.json"
@@ -97,7 +55,7 @@ def weight_files(folder: Path, *, variant: str = "") -> list[Path]:
             if missing or not names:
                 raise ValueError(f"{index}: names shards that are not there ({missing}); fetch them.")
             return [folder / name for name in names]
-    pickles = [p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+    pickles = [p.name for p in folder.glob("*") if p.suffix in PICKLES]
     if pickles:
         raise ValueError(
             f"{folder}: only pickled weights ({pickles[0]}), which can run code when read and are never loaded; "
@@ -122,15 +80,11 @@ def read_model(
     rename: Callable[[str], str] = str,
     put: Put | None = None,
 ) -> M:
-    """`skeleton` (shapes, as of `eqx.filter_eval_shape`) filled from safetensors files in diffusers' names.
-
-    Arrays are read one after the other, cast to `dtype`, and given to `put` (by default onto JAX's default device), so
-    that the host never holds a second copy of the model. `rename` turns a file's key into the published one.
+    """`fill` from safetensors files in diffusers' names; `rename` turns a file's key into the published one.
 
     Raises:
         ValueError: for keys that are missing, unknown or held twice, wrong shapes, and files that are no safetensors.
     """
-    wanted = places(skeleton)
     tensors: Tensors = {}
     twice = []
     for file in files:
@@ -138,10 +92,26 @@ def read_model(
             key = rename(stored)
             twice += [key] if key in tensors else []
             tensors[key] = tensor
-    check_keys(wanted, tensors, twice=twice, source=", ".join(str(file) for file in files))
+    source = ", ".join(str(file) for file in files)
+    check_keys(places(skeleton), tensors, twice=twice, source=source)
+    return fill(skeleton, tensors, dtype=dtype, put=put, source=source)
+
+
+def fill(skeleton: M, tensors: Tensors, *, dtype: Any, source: str, put: Put | None = None) -> M:
+    """`skeleton` (shapes, as of `eqx.filter_eval_shape`) filled from tensors in diffusers' names.
+
+    Arrays are read one after the other, cast to `dtype`, and given to `put` (by default onto JAX's default device), so
+    that the host never holds a second copy of the model.
+
+    Raises:
+        ValueError: for keys that are missing or unknown, wrong shapes, and numbers that are not finite.
+    """
+    wanted = places(skeleton)
+    check_keys(wanted, tensors, source=source)
     leaves = []
     for place in wanted:
         array = place.from_file({key: tensors[key].read() for key in place.keys}).astype(dtype)
+        check_finite(array, f"{source}: {place.path}")
         leaves.append(put(place, array) if put else jax.numpy.asarray(array))
     return jax.tree.unflatten(jax.tree.structure(skeleton), leaves)
 

@@ -27,24 +27,33 @@ STRANGERS = ("model_ema.", "alphas_cumprod", "betas", "sqrt_", "log_one_minus", 
 """Starts of keys of training code, which are no weights of the model."""
 
 
-def read_single_file(file: Path, *, configs: Mapping[str, dict[str, Any]] | None = None) -> Model:
+def read_single_file(
+    file: Path,
+    *,
+    configs: Mapping[str, dict[str, Any]] | None = None,
+    fallback: Mapping[str, dict[str, Any]] | None = None,
+) -> Model:
     """A single file, or the UNet alone in that layout, under diffusers' names.
 
-    `configs` are the parts' JSON configs; without them the file's own metadata is taken, else what the shapes tell.
+    A part's JSON config is the one of `configs`, of the file's own metadata, of `fallback`, or the published one that
+    the shapes tell.
 
     Raises:
         ValueError: for what is no SDXL, saying what it is.
     """
     tensors, metadata = open_file(file)
-    own = json.loads(metadata[METADATA]) if METADATA in metadata else {}
-    found = {**_known(tensors, file), **own, **(configs or {})}
+    _other_family(tensors, file)
+    found = {**known(tensors), **(fallback or {}), **stored_configs(metadata, file), **(configs or {})}
     markers = {key for key in (V_PRED, ZTSNR) if key in tensors}
     if markers:
         scheduler = {**found["scheduler"]}
         scheduler["prediction_type"] = "v_prediction" if V_PRED in markers else scheduler["prediction_type"]
         scheduler["rescale_betas_zero_snr"] = ZTSNR in markers
         found["scheduler"] = scheduler
-    unet, vae = UNetConfig.from_json(found["unet"]), VAEConfig.from_json(found["vae"])
+    try:
+        unet, vae = UNetConfig.from_json(found["unet"]), VAEConfig.from_json(found["vae"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{file}: a config of its metadata is damaged ({error!r}); give --config-from DIR.") from None
     grouped: dict[str, Tensors] = {"unet": {}, "vae": {}, "text_encoder": {}, "text_encoder_2": {}}
     prefixes = {"unet": ldm.UNET, "vae": ldm.VAE, "text_encoder": ldm.TEXT, "text_encoder_2": ldm.TEXT_2}
     left_out = []
@@ -62,9 +71,8 @@ def read_single_file(file: Path, *, configs: Mapping[str, dict[str, Any]] | None
             grouped["unet"][key] = tensor
         else:
             raise ValueError(f"{file}: unknown key {key}; it is not of an SDXL single file.")
-    name = ldm.rename(ldm.unet_rules(unet), to_file=False)
     parts = {
-        "unet": {name(key): tensor for key, tensor in grouped["unet"].items()},
+        "unet": ldm.renamed(grouped["unet"], ldm.unet_rules(unet), to_file=False),
         "vae": ldm.vae_from_file(grouped["vae"], vae),
         "text_encoder": grouped["text_encoder"],
         "text_encoder_2": ldm.text_2_from_file(grouped["text_encoder_2"]),
@@ -73,19 +81,30 @@ def read_single_file(file: Path, *, configs: Mapping[str, dict[str, Any]] | None
     return Model(parts, {k: v for k, v in found.items() if k in parts or k == "scheduler"}, tuple(sorted(left_out)))
 
 
-def _known(tensors: Tensors, file: Path) -> dict[str, dict[str, Any]]:
-    """The configs of the published models that the shapes tell."""
-    stem = next((p for p in (ldm.UNET, "") if f"{p}input_blocks.0.0.weight" in tensors), None)
-    if stem is None:
-        raise ValueError(f"{file}: has no {ldm.UNET}input_blocks.0.0.weight; it is no Stable Diffusion single file.")
-    if any(key.startswith("cond_stage_model.transformer.") for key in tensors):
-        raise ValueError(f"{file}: a Stable Diffusion 1 model; SDXL is needed.")
-    if any(key.startswith("cond_stage_model.model.") for key in tensors):
-        raise ValueError(f"{file}: a Stable Diffusion 2 model; SDXL is needed.")
-    label = tensors.get(f"{stem}label_emb.0.0.weight")
-    if label is None:
-        raise ValueError(f"{file}: its UNet has no label_emb, which SDXL's micro-conditioning needs.")
-    config = UNetConfig.sdxl_refiner() if label.shape[1] == 2560 else UNetConfig.sdxl_base()
+def stored_configs(metadata: Mapping[str, str], file: Path) -> dict[str, dict[str, Any]]:
+    """The parts' configs that a file which `write_single_file` wrote has in its metadata; {} for another.
+
+    Raises:
+        ValueError: where they are no JSON.
+    """
+    try:
+        stored = json.loads(metadata.get(METADATA, "{}"))
+    except ValueError as error:
+        raise ValueError(f"{file}: its metadata {METADATA} is not JSON ({error}); save it again.") from None
+    if not isinstance(stored, dict) or not all(isinstance(config, dict) for config in stored.values()):
+        raise ValueError(f"{file}: its metadata {METADATA} must hold a JSON object a part; save it again.")
+    return stored
+
+
+LABELS = ("label_emb.0.0.weight", "add_embedding.linear_1.weight")
+"""The layer that takes pooled text and micro-conditioning, whose width tells base from refiner."""
+
+
+def known(tensors: Tensors) -> dict[str, dict[str, Any]]:
+    """The configs of the published model, base or refiner, that the shapes tell."""
+    names = [prefix + label for prefix in (ldm.UNET, "") for label in LABELS]
+    width = next((tensors[name].shape[1:] for name in names if name in tensors), (0,))
+    config = UNetConfig.sdxl_refiner() if width == (2560,) else UNetConfig.sdxl_base()
     return {
         "unet": config.to_json(),
         "vae": VAEConfig.sdxl_base().to_json(),
@@ -93,6 +112,22 @@ def _known(tensors: Tensors, file: Path) -> dict[str, dict[str, Any]]:
         "text_encoder_2": CLIPTextConfig.sdxl_base_2().to_json(),
         "scheduler": _scheduler(),
     }
+
+
+def _other_family(tensors: Tensors, file: Path) -> None:
+    """Say what a single file is that is no SDXL.
+
+    Raises:
+        ValueError: where it is not.
+    """
+    stem = next((p for p in (ldm.UNET, "") if f"{p}input_blocks.0.0.weight" in tensors), None)
+    if stem is None:
+        raise ValueError(f"{file}: has no {ldm.UNET}input_blocks.0.0.weight; it is no Stable Diffusion single file.")
+    for prefix, which in (("cond_stage_model.transformer.", 1), ("cond_stage_model.model.", 2)):
+        if any(key.startswith(prefix) for key in tensors):
+            raise ValueError(f"{file}: a Stable Diffusion {which} model; SDXL is needed.")
+    if f"{stem}{LABELS[0]}" not in tensors:
+        raise ValueError(f"{file}: its UNet has no label_emb, which SDXL's micro-conditioning needs.")
 
 
 def _scheduler() -> dict[str, Any]:
@@ -114,8 +149,8 @@ def _scheduler() -> dict[str, Any]:
 def single_file_tensors(model: Model) -> Tensors:
     """A model in the single file's layout, with its markers."""
     unet = UNetConfig.from_json(model.configs["unet"])
-    name = ldm.rename(ldm.unet_rules(unet), to_file=True)
-    tensors: Tensors = {ldm.UNET + name(key): tensor for key, tensor in model.parts["unet"].items()}
+    named = ldm.renamed(model.parts["unet"], ldm.unet_rules(unet), to_file=True)
+    tensors: Tensors = {ldm.UNET + key: tensor for key, tensor in named.items()}
     if "vae" in model.parts:
         tensors.update(ldm.vae_to_file(model.parts["vae"], VAEConfig.from_json(model.configs["vae"])))
     for key, tensor in model.parts.get("text_encoder", {}).items():
@@ -132,6 +167,12 @@ def single_file_tensors(model: Model) -> Tensors:
 
 
 def write_single_file(model: Model, file: Path) -> None:
-    """Write a model as one file, with every part's config in its metadata."""
+    """Write a model as one file, with every part's config in its metadata; a ControlNet alone in diffusers' names.
+
+    Raises:
+        ValueError: for numbers that are not finite.
+        OSError: where it cannot be written; either way nothing is left.
+    """
     configs = json.dumps(model.configs, sort_keys=True, separators=(",", ":"))
-    write_file(single_file_tensors(model), file, metadata={"format": "pt", METADATA: configs})
+    tensors = model.parts["controlnet"] if "controlnet" in model.parts else single_file_tensors(model)
+    write_file(tensors, file, metadata={"format": "pt", METADATA: configs})

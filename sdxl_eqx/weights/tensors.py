@@ -52,7 +52,13 @@ class Tensor:
         floating = self.dtype.kind == "f" or self.dtype in _FLOATS
         if dtype == self.dtype or not floating:
             return self
-        return Tensor(self.shape, dtype, lambda: self.read().astype(dtype))
+
+        def read() -> np.ndarray:
+            # What is too large becomes infinity, which whoever takes the array looks for.
+            with np.errstate(over="ignore"):
+                return self.read().astype(dtype)
+
+        return Tensor(self.shape, dtype, read)
 
     @property
     def nbytes(self) -> int:
@@ -125,13 +131,14 @@ def write_file(
 ) -> None:
     """Write a safetensors file, one tensor after the other; `done` is told the bytes of each.
 
-    The file appears under its name when it is whole and on the disk. Tensors lie as the format's own writer puts them:
-    wide dtypes first, then by name.
+    The file appears under its name when it is whole and on the disk. Wide dtypes come first, so that all are aligned;
+    else tensors lie in the order of `tensors`, which is that of the source, so that it is read from front to back.
 
     Raises:
         OSError: where it cannot be written; nothing is left.
+        ValueError: where a tensor holds NaN or infinity; nothing is left.
     """
-    order = sorted(tensors, key=lambda key: (-tensors[key].dtype.itemsize, key))
+    order = sorted(tensors, key=lambda key: -tensors[key].dtype.itemsize)
     entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0
     for key in order:
@@ -151,7 +158,8 @@ def write_file(
                 if array.shape != tensors[key].shape or array.dtype != tensors[key].dtype:
                     raise AssertionError(f"{key} read as {array.dtype}{array.shape}, announced otherwise")
                 for chunk in _chunks(array):
-                    opened.write(chunk)
+                    check_finite(chunk, key)
+                    opened.write(chunk.view(np.uint8).data)
                 if done is not None:
                     done(tensors[key].nbytes)
             opened.flush()
@@ -161,9 +169,37 @@ def write_file(
         building.unlink(missing_ok=True)
 
 
-def _chunks(array: np.ndarray, size: int = 2**25) -> Iterable[memoryview]:
-    """The array's bytes in row-major order, copied at most a piece at a time where it is not contiguous."""
-    flat = array if array.flags.c_contiguous else np.ascontiguousarray(array)
-    raw = flat.reshape(-1).view(np.uint8)
-    for at in range(0, raw.size, size):
-        yield raw[at : at + size].data
+def _chunks(array: np.ndarray, size: int = 2**25) -> Iterable[np.ndarray]:
+    """The array in row-major order, in flat pieces of about `size` bytes; copied whole where it is not contiguous."""
+    flat = (array if array.flags.c_contiguous else np.ascontiguousarray(array)).reshape(-1)
+    step = max(size // array.dtype.itemsize, 1)
+    for at in range(0, flat.size, step):
+        yield flat[at : at + step]
+
+
+EXPONENTS: dict[np.dtype, tuple[type[np.unsignedinteger], int]] = {
+    DTYPES["F64"]: (np.uint64, 0x7FF0000000000000),
+    DTYPES["F32"]: (np.uint32, 0x7F800000),
+    DTYPES["F16"]: (np.uint16, 0x7C00),
+    DTYPES["BF16"]: (np.uint16, 0x7F80),
+}
+"""The bits that are all set in what is not finite: in half precision, to look at them is several times as fast as
+np.isfinite."""
+
+
+def check_finite(array: np.ndarray, key: str) -> None:
+    """Check that a tensor holds no NaN and no infinity; those that are no floating-point numbers pass.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    if array.dtype in EXPONENTS and not all(_is_finite(piece) for piece in _chunks(array, 2**18)):
+        raise ValueError(
+            f"{key}: holds NaN or infinity in {array.dtype}; the weights are damaged, or too large for that dtype: "
+            "fetch them again, or take a wider --dtype."
+        )
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    word, exponent = EXPONENTS[array.dtype]
+    return int(np.max(array.view(word) & word(exponent), initial=0)) < exponent

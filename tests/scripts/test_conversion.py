@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from sdxl_eqx.conversion import ConvertConfig, convert, open_model
+from sdxl_eqx.conversion import ConvertConfig, convert, whole_model
 from sdxl_eqx.weights.single_file import V_PRED, write_single_file
 from sdxl_eqx.weights.tensors import Tensor, open_file, write_file
 
@@ -95,13 +95,13 @@ def test_a_dtype_that_is_asked_for_is_that_of_every_tensor(model: Path, tmp_path
 
 
 def test_a_velocity_model_is_marked_and_known_again(model: Path, tmp_path: Path):
-    opened = open_model(ConvertConfig(src=str(model), dst=""))
+    opened = whole_model(ConvertConfig(src=str(model), dst=""))
     opened.configs["scheduler"]["prediction_type"] = "v_prediction"
     write_single_file(opened, tmp_path / "v.safetensors")
     tensors, metadata = open_file(tmp_path / "v.safetensors")
     assert tensors[V_PRED].shape == (0,)
     assert metadata["format"] == "pt"
-    again = open_model(ConvertConfig(src=str(tmp_path / "v.safetensors"), dst=""))
+    again = whole_model(ConvertConfig(src=str(tmp_path / "v.safetensors"), dst=""))
     assert again.configs["scheduler"]["prediction_type"] == "v_prediction"
 
 
@@ -113,7 +113,7 @@ def test_the_unet_alone_in_either_layout_is_read(model: Path, single: Path, tmp_
     save_file(ours, tmp_path / "diffusers.safetensors")
     for name in ("ldm", "diffusers"):
         config = ConvertConfig(src=str(tmp_path / f"{name}.safetensors"), dst="", config_from=str(model))
-        opened = open_model(config)
+        opened = whole_model(config)
         assert list(opened.parts) == ["unet"]
         assert opened.parts["unet"].keys() == ours.keys()
         for key, tensor in opened.parts["unet"].items():
@@ -121,13 +121,13 @@ def test_the_unet_alone_in_either_layout_is_read(model: Path, single: Path, tmp_
 
 
 def test_the_refiner_has_its_one_text_encoder_in_the_first_place(model: Path, tmp_path: Path):
-    whole = open_model(ConvertConfig(src=str(model), dst=""))
+    whole = whole_model(ConvertConfig(src=str(model), dst=""))
     refiner = replace(whole, parts={part: t for part, t in whole.parts.items() if part != "text_encoder"})
     write_single_file(refiner, tmp_path / "refiner.safetensors")
     keys = open_file(tmp_path / "refiner.safetensors")[0]
     assert any(key.startswith("conditioner.embedders.0.model.") for key in keys)
     assert not any(key.startswith("conditioner.embedders.1.") for key in keys)
-    again = open_model(ConvertConfig(src=str(tmp_path / "refiner.safetensors"), dst=""))
+    again = whole_model(ConvertConfig(src=str(tmp_path / "refiner.safetensors"), dst=""))
     assert again.parts.keys() == refiner.parts.keys()
     for part, tensors in refiner.parts.items():
         for key, tensor in tensors.items():
@@ -153,7 +153,7 @@ def test_a_variant_is_read_by_its_name_whole_or_sharded(model: Path, tmp_path: P
     convert(ConvertConfig(src=str(model), dst=str(tmp_path / "cast"), dtype="float16"))
     assert sums(tmp_path / "out") == sums(tmp_path / "cast") != sums(model)
     with pytest.raises(ValueError, match="no safetensors of variant bf16"):
-        open_model(ConvertConfig(src=str(folder), dst="", variant="bf16"))
+        whole_model(ConvertConfig(src=str(folder), dst="", variant="bf16"))
 
 
 def test_old_names_of_the_vaes_attention_are_known(model: Path, tmp_path: Path):
@@ -213,25 +213,25 @@ def test_another_family_of_models_is_named(key: str, said: str, tmp_path: Path):
     x = np.zeros((4, 4, 3, 3), np.float32)
     save_file({"model.diffusion_model.input_blocks.0.0.weight": x, key: x}, file)
     with pytest.raises(ValueError, match=said):
-        open_model(ConvertConfig(src=str(file), dst=""))
+        whole_model(ConvertConfig(src=str(file), dst=""))
 
 
 def test_a_pickle_is_refused_with_the_command_that_turns_it_into_safetensors(tmp_path: Path):
     for name, raw in (("model.ckpt", b"PK\x03\x04"), ("model.safetensors", b"PK\x03\x04" + b"\0" * 100)):
         (tmp_path / name).write_bytes(raw)
         with pytest.raises(ValueError, match=r"pickle.*never loaded"):
-            open_model(ConvertConfig(src=str(tmp_path / name), dst=""))
+            whole_model(ConvertConfig(src=str(tmp_path / name), dst=""))
 
 
 def test_a_destination_that_is_there_stays_unless_it_may_be_replaced(single: Path, tmp_path: Path):
-    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "unet").mkdir(parents=True)
     (tmp_path / "out" / "mine").write_text("precious")
     config = ConvertConfig(src=str(single), dst=str(tmp_path / "out"))
     with pytest.raises(ValueError, match="--overwrite"):
         convert(config)
     assert (tmp_path / "out" / "mine").read_text() == "precious"
     convert(ConvertConfig(src=str(single), dst=str(tmp_path / "out"), overwrite=True))
-    assert not (tmp_path / "out" / "mine").exists() and (tmp_path / "out" / "unet").is_dir()
+    assert not (tmp_path / "out" / "mine").exists() and (tmp_path / "out" / "unet" / "config.json").is_file()
 
 
 def test_a_conversion_that_dies_leaves_nothing_half_written(single: Path, tmp_path: Path):

@@ -27,9 +27,9 @@ from sdxl_eqx.models.clip import CLIPText, CLIPTextConfig
 from sdxl_eqx.models.sdxl import SDXL, Encoders
 from sdxl_eqx.models.unet import UNet, UNetConfig
 from sdxl_eqx.models.vae import VAE, VAEConfig
-from sdxl_eqx.training.checkpoint import ITEMS
 from sdxl_eqx.weights.folder import write_folder
 from sdxl_eqx.weights.names import is_stacked
+from sdxl_eqx.weights.run import ITEMS
 from sdxl_eqx.weights.write import model_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -17,13 +17,13 @@ from sdxl_eqx.config import DiffusionSchedulerConfig, ModelConfig, ParallelConfi
 from sdxl_eqx.conversion import ConvertConfig, convert
 from sdxl_eqx.data.tokenizer import Tokenizers, bundled_tokenizers, save_tokenizers, tokenize
 from sdxl_eqx.diffusion.schedule import ScheduleConfig
+from sdxl_eqx.loading import ModelParts
 from sdxl_eqx.models.clip import CLIPText
 from sdxl_eqx.models.sdxl import SDXL, Encoders
 from sdxl_eqx.models.unet import UNet
 from sdxl_eqx.models.vae import VAE
 from sdxl_eqx.parallel.mesh import make_mesh
 from sdxl_eqx.sampling import pipeline as ours
-from sdxl_eqx.training.parts import ModelParts
 from sdxl_eqx.weights.folder import write_folder
 from sdxl_eqx.weights.read import clip_key, weight_files
 from sdxl_eqx.weights.write import model_of

@@ -19,7 +19,7 @@ from sdxl_eqx.models.clip import CLIPText
 from sdxl_eqx.models.sdxl import cast
 from sdxl_eqx.models.unet import UNet
 from sdxl_eqx.models.vae import VAE
-from sdxl_eqx.weights.read import clip_key, model_folder, read_json, read_model, weight_files
+from sdxl_eqx.weights.read import clip_key, read_json, read_model, weight_files
 from sdxl_eqx.weights.write import write_model
 
 SMALL_TEXT = dataclasses.replace(tiny.TEXT_2, vocab_size=60)
@@ -172,12 +172,6 @@ def test_arrays_are_put_one_after_the_other_where_the_caller_says(whole: Path):
     ours = read_model(skeleton("text"), [whole], dtype=np.float32, put=put)
     assert len(seen) == len(jax.tree.leaves(ours))
     np.testing.assert_array_equal(ours.text_projection.weight, read(whole).text_projection.weight + 1)
-
-
-@pytest.mark.parametrize("name", ["no/such/folder", "/no/such", "./nowhere", "plain"])
-def test_a_name_that_is_neither_folder_nor_hub_id_is_refused_without_a_look_at_the_hub(name: str):
-    with pytest.raises(ValueError, match=r"no such folder; give a diffusers folder or a Hub id"):
-        model_folder(name, revision="main", token="secret")
 
 
 def test_json_that_is_missing_broken_or_no_object_is_named(tmp_path: Path):

@@ -1,0 +1,78 @@
+"""The checkpoints of a run: what stands beside their arrays, and the UNet in them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from sdxl_eqx.weights.native import FORMAT
+
+CHECKPOINTS = "checkpoints"
+"""The folder of a run that holds them, one folder a step."""
+
+ITEMS = ("loop", "unet", "optimizer", "ema")
+"""The parts of a state as a checkpoint has them."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What stands beside the arrays of a checkpoint."""
+
+    unet: dict[str, Any]
+    """The UNet's config, as diffusers writes it."""
+    ema: bool
+    config: dict[str, Any]
+    """The run's config, flat."""
+    data: dict[str, Any]
+    """Position of the data iterator."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A whole checkpoint of a run."""
+
+    folder: Path
+    step: int
+    saved: Saved
+
+    def item(self, *, ema: bool) -> Path:
+        """The folder of the UNet's arrays: the average's if it has one and `ema`, else the weights'."""
+        return self.folder / ("ema" if ema and self.saved.ema else "unet")
+
+
+def find_checkpoint(run: str | Path, *, step: int | None = None) -> Found:
+    """The newest whole checkpoint of a run, or that of `step`.
+
+    Raises:
+        ValueError: where there is none, naming those that there are.
+    """
+    folder = (Path(run) / CHECKPOINTS).absolute()
+    if not folder.is_dir():
+        raise ValueError(f"{run}: has no {CHECKPOINTS}/; give the folder of a run.")
+    # Named, or Orbax neither reads the arrays' dtypes nor keeps quiet about the items that are not wanted here.
+    handlers = {"meta": ocp.JsonCheckpointHandler(), **{name: ocp.StandardCheckpointHandler() for name in ITEMS}}
+    options = ocp.CheckpointManagerOptions(create=False)
+    with ocp.CheckpointManager(folder, options=options, item_handlers=handlers) as manager:
+        step = manager.latest_step() if step is None else step
+        if step is None or step not in manager.all_steps():
+            raise ValueError(f"{folder}: has no checkpoint of step {step}; it has {sorted(manager.all_steps())}.")
+        return Found(folder / str(step), step, read_meta(manager, step, folder))
+
+
+def read_meta(manager: ocp.CheckpointManager, step: int, folder: Path) -> Saved:
+    """What stands beside the arrays of a checkpoint.
+
+    Raises:
+        ValueError: where it is no checkpoint of this project, or of another version.
+    """
+    try:
+        meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    except (ValueError, KeyError, FileNotFoundError) as error:
+        raise ValueError(f"{folder / str(step)}: is no checkpoint of this project ({str(error)[:200]}).") from error
+    if meta.get("format") != FORMAT:
+        raise ValueError(
+            f"{folder / str(step)}: has checkpoint format {meta.get('format')}, this version reads {FORMAT}; "
+            "use the version that wrote it, or start another --run-name."
+        )
+    return Saved(meta["unet"], meta["ema"], meta["config"], meta["data"])
