@@ -1,5 +1,7 @@
 """Models from one file format to another: what `scripts/convert_weights.py` does."""
 
+import contextlib
+import ctypes
 import dataclasses
 import logging
 import shutil
@@ -14,7 +16,6 @@ import numpy as np
 import tyro
 
 from sdxl_eqx.data.assets import located, resolve
-from sdxl_eqx.data.tokenizer import FOLDERS, load_tokenizers, save_tokenizers
 from sdxl_eqx.diffusion.schedule import ScheduleConfig
 from sdxl_eqx.models.unet import UNetConfig
 from sdxl_eqx.weights.folder import index_of, read_folder, write_folder
@@ -89,6 +90,7 @@ def convert(config: ConvertConfig) -> None:
     if not one_file and dst.suffix in (".safetensors", ".ckpt"):
         raise ValueError(f"{dst}: --to {config.to} writes a folder; for one file give --to single-file.")
     began = time.perf_counter()
+    _give_memory_back()
     if config.to in LORA_FORMATS:
         nbytes, what = _convert_lora(config, dst)
     else:
@@ -104,6 +106,16 @@ def convert(config: ConvertConfig) -> None:
             write_folder(model, dst, save_tokenizers=save, overwrite=config.overwrite)
         nbytes, what = model.nbytes, ", ".join(model.parts)
     log.info("%s: %.2f GB in %.1f s (%s)", dst, nbytes / 1e9, time.perf_counter() - began, what)
+
+
+MMAP_THRESHOLD = -3
+"""glibc's name of the size from which memory is had from the system and given back to it."""
+
+
+def _give_memory_back() -> None:
+    """Have freed arrays leave the process; glibc would keep those of up to 32 MB, hundreds of them by the end."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 2**20)
 
 
 def whole_model(config: ConvertConfig) -> Model:
@@ -245,8 +257,11 @@ def _configs_from(folder: str) -> dict[str, dict[str, Any]] | None:
 
 def _save_tokenizers(model: Model, folder: Path) -> None:
     """The model's own tokenizers, file by file, or SDXL's."""
+    # Imported here: transformers takes a second, which not every conversion needs.
+    from sdxl_eqx.data.tokenizer import FOLDERS, bundled_tokenizers, save_tokenizers
+
     if model.tokenizers is None:
-        save_tokenizers(load_tokenizers(folder), folder)
+        save_tokenizers(bundled_tokenizers(), folder)
         return
     for name in FOLDERS:
         if (model.tokenizers / name).is_dir():

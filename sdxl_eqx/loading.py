@@ -20,6 +20,7 @@ from sdxl_eqx.data.assets import located
 from sdxl_eqx.data.tokenizer import Tokenizers, bundled_tokenizers, load_tokenizers, tokenize
 from sdxl_eqx.diffusion.schedule import ScheduleConfig
 from sdxl_eqx.models.clip import CLIPText, CLIPTextConfig
+from sdxl_eqx.models.hf_config import WRONG
 from sdxl_eqx.models.sdxl import Encoders, cast
 from sdxl_eqx.models.unet import UNet, UNetConfig
 from sdxl_eqx.models.vae import VAEConfig
@@ -192,8 +193,8 @@ class _Configs:
             raise ValueError(f"{file}: missing; a diffusers folder of SDXL has it.")
         try:
             return make(self.model.configs[part])
-        except KeyError as error:
-            raise ValueError(f"{file}: has no {error}; fetch the model's own.") from None
+        except WRONG as error:
+            raise ValueError(f"{file}: is not of SDXL ({error!r}); fetch the model's own.") from None
 
 
 def fingerprint(encoders: Encoders, parts: ModelParts) -> str:

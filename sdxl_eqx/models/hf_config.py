@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+WRONG = (KeyError, TypeError, AttributeError, ArithmeticError)
+"""What reading a config raises that lacks a key, or holds something of another kind."""
+
 
 def require(part: str, config: Mapping[str, Any], must: Mapping[str, Any]) -> None:
     """Check that each key of `must`, where `config` has it, has that value.

@@ -10,6 +10,7 @@ import numpy as np
 
 from sdxl_eqx.models.unet import UNetConfig
 from sdxl_eqx.models.vae import VAEConfig
+from sdxl_eqx.weights.read import clip_key
 from sdxl_eqx.weights.tensors import Tensor, Tensors
 
 UNET = "model.diffusion_model."
@@ -168,6 +169,18 @@ def vae_from_file(tensors: Tensors, config: VAEConfig) -> Tensors:
         key: t.then(lambda x: x[:, :, 0, 0], t.shape[:2]) if _is_vae_attention(key) and len(t.shape) == 4 else t
         for key, t in renamed(tensors, vae_rules(config), to_file=False).items()
     }
+
+
+def text_from_file(tensors: Tensors) -> Tensors:
+    """The first encoder, without its prefix; diffusers' own script writes what transformers 5 saves, which lacks one.
+
+    Raises:
+        ValueError: where two keys mean the same tensor.
+    """
+    found: Tensors = {}
+    for key, tensor in tensors.items():
+        _put(found, clip_key(key), tensor, key)
+    return found
 
 
 def text_2_to_file(tensors: Tensors, prefix: str) -> Tensors:

@@ -1,11 +1,15 @@
 """Models as this project lays them out, in Orbax: stacked blocks, HWIO convolutions, one item a part.
 
-`FOLDER/sdxl_eqx.json` says what it is; `FOLDER/PART/` holds the arrays by their path in the module, in chunks that many
-hosts can read alone. The same arrays stand in the checkpoints of a run, which `read_run` opens.
+`FOLDER/sdxl_eqx.json` says what it is; `FOLDER/PART/` holds the arrays by their path in the module, as the checkpoints
+of a run do (`run.py`).
 """
 
+import collections
+import contextlib
+import functools
 import json
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,16 +24,13 @@ from sdxl_eqx.weights.model import Model
 from sdxl_eqx.weights.names import Place
 from sdxl_eqx.weights.read import read_json
 from sdxl_eqx.weights.skeletons import skeleton_places
-from sdxl_eqx.weights.tensors import Tensor, Tensors, check_finite
+from sdxl_eqx.weights.tensors import Tensor, Tensors, check_finite, map_file, mapped_tensor
 
 FORMAT = 1
 """Version of the layout, here and in the checkpoints of a run; another one is refused."""
 
-CHUNK = 2**25
-"""Bytes of a chunk: what reads a slice of a stack, or one host's share, need not read the whole array."""
-
-AHEAD = 2**26
-"""Bytes that are read together."""
+AT_ONCE = 2**26
+"""Bytes that are read or written together; a larger array goes alone."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +52,25 @@ class _Array:
         return self.size * self.dtype.itemsize
 
 
-class _OneAtATime(ocp.type_handlers.NumpyHandler):
-    """Writes arrays one after the other; Orbax's own handler would first copy all of them."""
+class _InTurn(ocp.type_handlers.NumpyHandler):
+    """Makes and writes arrays in turn, few at a time; Orbax's own handler would first copy all of them."""
 
     async def serialize(self, values: Sequence[Any], infos: Sequence[Any], args: Any = None) -> list[Any]:
-        for i, (value, info) in enumerate(zip(values, infos, strict=True)):
-            one = [args[i]] if args else None
-            for written in await super().serialize([value.read()], [info], one):
-                written.result()
-        return []
+        begun: collections.deque[tuple[int, list[Any]]] = collections.deque()
+        try:
+            for i, (value, info) in enumerate(zip(values, infos, strict=True)):
+                while begun and value.nbytes + sum(size for size, _ in begun) > AT_ONCE:
+                    for one in begun.popleft()[1]:
+                        one.result()
+                writing = await super().serialize([value.read()], [info], [args[i]] if args else None)
+                begun.append((value.nbytes, list(writing)))
+        except BaseException:
+            # Or they would go on to write into a folder that is being removed.
+            for one in (one for _, writing in begun for one in writing):
+                with contextlib.suppress(Exception):
+                    one.result()
+            raise
+        return [one for _, writing in begun for one in writing]
 
 
 def write_native(
@@ -73,18 +84,19 @@ def write_native(
         OSError: where it cannot be written; nothing is left, and what was there stays.
         ValueError: for numbers that are not finite, and for a stack of blocks of several dtypes.
     """
-    registry = ocp.type_handlers.create_type_handler_registry((_Array, _OneAtATime(deepcopy_host_arrays=False)))
+    registry = ocp.type_handlers.create_type_handler_registry((_Array, _InTurn(deepcopy_host_arrays=False)))
     with appearing(folder, overwrite=overwrite) as building:
         for part, tensors in model.parts.items():
             places = skeleton_places(part, model.configs[part])
             arrays = {place.path: _stacked(place, tensors) for place in places}
-            chunks = {path: ocp.SaveArgs(chunk_byte_size=CHUNK) for path in arrays}
             with _quiet():
-                # Half-precision weights compress by a tenth at several times the cost of writing them.
-                handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
+                # One file an array: through OCDBT, each would be held in memory once more. Half-precision weights
+                # compress by a tenth, at several times the cost of writing them.
+                handler = ocp.PyTreeCheckpointHandler(
+                    type_handler_registry=registry, use_ocdbt=False, use_compression=False
+                )
                 with ocp.Checkpointer(handler) as checkpointer:
-                    target = (building / part).absolute()
-                    checkpointer.save(target, args=ocp.args.PyTreeSave(arrays, save_args=chunks))
+                    checkpointer.save((building / part).absolute(), args=ocp.args.PyTreeSave(arrays))
         write_json({"format": FORMAT, "configs": model.configs, "index": model.index}, building / NATIVE)
         if "text_encoder_2" in model.parts:
             save_tokenizers(building)
@@ -142,10 +154,10 @@ def _slice(item: "Item", place: Place, i: int) -> np.ndarray:
 
 
 class Item:
-    """The arrays of one Orbax item by path, in the order in which they are stored, read a few at a time.
+    """The arrays of one Orbax item by path: mapped where they lie plainly in a file, else read a few at a time.
 
-    Those that follow are read along, up to AHEAD bytes: each call of Orbax costs milliseconds. They are kept until the
-    next call, as the slices of a stack are asked for in a row.
+    Those that follow are read along, up to AT_ONCE bytes: each call of Orbax costs milliseconds. They are kept until
+    the next call, as the slices of a stack are asked for in a row.
     """
 
     def __init__(self, folder: Path, order: Sequence[str] = ()):
@@ -153,6 +165,8 @@ class Item:
         self.folder = folder.absolute()
         self.checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
         self.held: dict[str, np.ndarray] = {}
+        # Not all of them: each map holds a file open.
+        self._plain = functools.lru_cache(maxsize=64)(self._find_plain)
         try:
             with _quiet():
                 found: dict[str, Any] = dict(self.checkpointer.metadata(self.folder).item_metadata)  # pyright: ignore
@@ -176,6 +190,9 @@ class Item:
         Raises:
             ValueError: where it cannot be read.
         """
+        plain = self._plain(path)
+        if plain is not None:
+            return plain.read()
         if path not in self.held:
             self.held = {}  # before the next ones are read
             wanted = self._from(path)
@@ -191,6 +208,20 @@ class Item:
                 raise ValueError(f"{self.folder}: {path} cannot be read ({str(error)[:200]}).") from error
         return self.held[path]
 
+    def _find_plain(self, path: str) -> Tensor | None:
+        """The array mapped, where it is one uncompressed chunk of a Zarr folder, as `write_native` has it."""
+        dtype, shape = self.dtype(path), tuple(self.metadata[path].shape)
+        file = self.folder / path / ".".join("0" * len(shape))
+        try:
+            zarr = json.loads((file.parent / ".zarray").read_text())
+            size = file.stat().st_size
+        except (OSError, ValueError):
+            return None
+        wanted = {"compressor": None, "filters": None, "order": "C", "chunks": list(shape)}
+        if size != math.prod(shape) * dtype.itemsize or not size or any(zarr.get(k) != v for k, v in wanted.items()):
+            return None
+        return mapped_tensor(map_file(file), 0, dtype, shape)
+
     def _from(self, path: str) -> dict[str, Any]:
         """What to read with the array of that path, and it."""
         self.dtype(path)
@@ -200,7 +231,7 @@ class Item:
         for name in paths[paths.index(path) :]:
             found = self.metadata[name]
             size += int(np.prod(found.shape, dtype=np.int64)) * np.dtype(found.dtype).itemsize
-            if wanted and size > AHEAD:
+            if wanted and size > AT_ONCE:
                 break
             wanted[name] = found
         return wanted

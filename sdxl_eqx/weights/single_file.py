@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from sdxl_eqx.models.clip import CLIPTextConfig
+from sdxl_eqx.models.hf_config import WRONG
 from sdxl_eqx.models.unet import UNetConfig
 from sdxl_eqx.models.vae import VAEConfig
 from sdxl_eqx.weights import ldm
@@ -52,7 +53,7 @@ def read_single_file(
         found["scheduler"] = scheduler
     try:
         unet, vae = UNetConfig.from_json(found["unet"]), VAEConfig.from_json(found["vae"])
-    except (KeyError, TypeError) as error:
+    except WRONG as error:
         raise ValueError(f"{file}: a config of its metadata is damaged ({error!r}); give --config-from DIR.") from None
     grouped: dict[str, Tensors] = {"unet": {}, "vae": {}, "text_encoder": {}, "text_encoder_2": {}}
     prefixes = {"unet": ldm.UNET, "vae": ldm.VAE, "text_encoder": ldm.TEXT, "text_encoder_2": ldm.TEXT_2}
@@ -74,7 +75,7 @@ def read_single_file(
     parts = {
         "unet": ldm.renamed(grouped["unet"], ldm.unet_rules(unet), to_file=False),
         "vae": ldm.vae_from_file(grouped["vae"], vae),
-        "text_encoder": grouped["text_encoder"],
+        "text_encoder": ldm.text_from_file(grouped["text_encoder"]),
         "text_encoder_2": ldm.text_2_from_file(grouped["text_encoder_2"]),
     }
     parts = {part: tensors for part, tensors in parts.items() if tensors}
@@ -89,7 +90,7 @@ def stored_configs(metadata: Mapping[str, str], file: Path) -> dict[str, dict[st
     """
     try:
         stored = json.loads(metadata.get(METADATA, "{}"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: its metadata {METADATA} is not JSON ({error}); save it again.") from None
     if not isinstance(stored, dict) or not all(isinstance(config, dict) for config in stored.values()):
         raise ValueError(f"{file}: its metadata {METADATA} must hold a JSON object a part; save it again.")

