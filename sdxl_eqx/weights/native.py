@@ -126,11 +126,13 @@ def read_native(folder: Path) -> Model:
     meta = read_json(folder / NATIVE)
     if meta.get("format") != FORMAT:
         raise ValueError(f"{folder}: has format {meta.get('format')}, this version reads {FORMAT}; use what wrote it.")
-    configs = meta["configs"]
-    parts = {part: item_tensors(folder / part, part, configs[part]) for part in configs if (folder / part).is_dir()}
-    parts = {part: tensors for part, tensors in parts.items() if tensors}
+    configs = meta.get("configs")
+    if not isinstance(configs, dict) or not all(isinstance(config, dict) for config in configs.values()):
+        raise ValueError(f"{folder / NATIVE}: must hold the JSON config of each part; convert the model again.")
+    there = [part for part in configs if part != "scheduler" and (folder / part).is_dir()]
+    parts = {part: item_tensors(folder / part, part, configs[part]) for part in there}
     has_tokenizers = (folder / "tokenizer").is_dir()
-    return Model(parts, configs, tokenizers=folder if has_tokenizers else None, index=meta["index"])
+    return Model(parts, configs, tokenizers=folder if has_tokenizers else None, index=meta.get("index"))
 
 
 def item_tensors(folder: Path, part: str, config: dict[str, Any]) -> Tensors:
@@ -141,6 +143,9 @@ def item_tensors(folder: Path, part: str, config: dict[str, Any]) -> Tensors:
     """
     places = skeleton_places(part, config)
     item = Item(folder, [place.path for place in places])
+    unknown = sorted(item.metadata.keys() - {place.path for place in places})
+    if unknown:
+        raise ValueError(f"{folder}: has {unknown[0]} ({len(unknown)} such), which its config does not describe.")
     tensors: Tensors = {}
     for place in places:
         for i, key in enumerate(place.keys):

@@ -8,7 +8,7 @@ from typing import Any
 from sdxl_eqx.models.controlnet import ControlNetConfig
 from sdxl_eqx.models.vae import VAEConfig
 from sdxl_eqx.weights import ldm
-from sdxl_eqx.weights.folder import NATIVE, read_folder, read_part
+from sdxl_eqx.weights.folder import ALONE, NATIVE, read_folder, read_part
 from sdxl_eqx.weights.hub import find
 from sdxl_eqx.weights.model import PARTS, Model
 from sdxl_eqx.weights.native import item_tensors, read_native
@@ -78,9 +78,7 @@ def open_safetensors(file: Path, *, configs: Configs | None = None, fallback: Co
     tensors, metadata = open_file(file)
     for is_it, part, guess in KINDS:
         if is_it(tensors):
-            beside = file.parent / "config.json"
-            near = {part: read_json(beside)} if beside.is_file() else {}
-            stored = stored_configs(metadata, file)
+            near, stored = _beside(file, part), stored_configs(metadata, file)
             config = {**known(tensors), **guess(), **(fallback or {}), **near, **stored, **(configs or {})}[part]
             if part == "vae" and "encoder.down.0.block.0.norm1.weight" in tensors:
                 return Model({part: ldm.vae_from_file(tensors, VAEConfig.from_json(config))}, {part: config})
@@ -88,6 +86,13 @@ def open_safetensors(file: Path, *, configs: Configs | None = None, fallback: Co
             return Model({part: published}, {part: config}, tuple(ignored))
     _refuse(tensors, file)
     return read_single_file(file, configs=configs, fallback=fallback)
+
+
+def _beside(file: Path, part: str) -> dict[str, dict[str, Any]]:
+    """The config of a part that lies beside its file, as in a diffusers folder."""
+    beside = file.parent / "config.json"
+    config = read_json(beside) if beside.is_file() else {}
+    return {part: config} if ALONE.get(config.get("_class_name", "")) == part else {}
 
 
 def _is_controlnet(tensors: Tensors) -> bool:
