@@ -18,8 +18,10 @@ import tyro
 from sdxl_eqx.data.assets import located, resolve
 from sdxl_eqx.diffusion.schedule import ScheduleConfig
 from sdxl_eqx.models.unet import UNetConfig
-from sdxl_eqx.weights.folder import index_of, read_folder, write_folder
+from sdxl_eqx.weights.destination import NATIVE
+from sdxl_eqx.weights.folder import read_folder, write_folder
 from sdxl_eqx.weights.hub import find
+from sdxl_eqx.weights.index import index_of
 from sdxl_eqx.weights.lora import merge, read_lora, write_kohya, write_peft
 from sdxl_eqx.weights.model import PARTS, Model
 from sdxl_eqx.weights.native import write_native
@@ -81,14 +83,8 @@ def convert(config: ConvertConfig) -> None:
         ValueError: for input that cannot be read, or a destination that is there.
         OSError: where the destination cannot be written. Nothing of it is left.
     """
-    dst = Path(config.dst)
-    if dst.exists() and not config.overwrite:
-        raise ValueError(f"{dst}: is there already; give another name, or --overwrite to replace it.")
-    one_file = config.to in ONE_FILE
-    if one_file and (dst.suffix != ".safetensors" or dst.is_dir()):
-        raise ValueError(f"{dst}: --to {config.to} writes a file, which is named *.safetensors.")
-    if not one_file and dst.suffix in (".safetensors", ".ckpt"):
-        raise ValueError(f"{dst}: --to {config.to} writes a folder; for one file give --to single-file.")
+    dst = Path(config.dst).resolve()
+    _check_destination(config, dst)
     began = time.perf_counter()
     _give_memory_back()
     if config.to in LORA_FORMATS:
@@ -99,6 +95,8 @@ def convert(config: ConvertConfig) -> None:
             log.info("left out, as no model here has them: %s", ", ".join(model.left_out))
         save = partial(_save_tokenizers, model)
         if config.to == "single-file":
+            if model.tokenizers is not None:
+                log.info("left out, as a single file holds none: tokenizers; what loads it takes SDXL's own")
             write_single_file(model, dst)
         elif config.to == "native":
             write_native(model, dst, save_tokenizers=save, overwrite=config.overwrite)
@@ -106,6 +104,25 @@ def convert(config: ConvertConfig) -> None:
             write_folder(model, dst, save_tokenizers=save, overwrite=config.overwrite)
         nbytes, what = model.nbytes, ", ".join(model.parts)
     log.info("%s: %.2f GB in %.1f s (%s)", dst, nbytes / 1e9, time.perf_counter() - began, what)
+
+
+def _check_destination(config: ConvertConfig, dst: Path) -> None:
+    """Check that DST may be written.
+
+    Raises:
+        ValueError: where it is there, of the wrong kind, or what is read lies in it.
+    """
+    if dst.exists() and not config.overwrite:
+        raise ValueError(f"{dst}: is there already; give another name, or --overwrite to replace it.")
+    one_file = config.to in ONE_FILE
+    if one_file and (dst.suffix != ".safetensors" or dst.is_dir()):
+        raise ValueError(f"{dst}: --to {config.to} writes a file, which is named *.safetensors.")
+    if not one_file and dst.suffix in (".safetensors", ".ckpt"):
+        raise ValueError(f"{dst}: --to {config.to} writes a folder; for one file give --to single-file.")
+    if dst.is_dir():
+        for name in (config.src, config.unet, config.vae, *config.lora):
+            if name and dst in Path(name).resolve().parents:
+                raise ValueError(f"{dst}: holds {name}, which is read, so it is not replaced; give another name.")
 
 
 MMAP_THRESHOLD = -3
@@ -125,24 +142,59 @@ def whole_model(config: ConvertConfig) -> Model:
         ValueError: for what cannot be read, saying what it is.
     """
     configs = _configs_from(config.config_from)
-    model = _open(config, config.src, "SRC", configs=configs)
-    for part, name in (("unet", config.unet), ("vae", config.vae)):
-        if not name:
-            continue
-        other = _open(config, name, f"--{part}", fallback={**model.configs, **(configs or {})}, parts=(part,))
+    put_in = {part: name for part, name in (("unet", config.unet), ("vae", config.vae)) if name}
+    model = _open(config, config.src, "SRC", configs=configs, parts=[part for part in PARTS if part not in put_in])
+    if put_in and "controlnet" in model.configs:
+        raise ValueError(f"{config.src}: a ControlNet, which has no {' and no '.join(put_in)} to replace.")
+    for part, name in put_in.items():
+        fallback = {**model.configs, **(configs or {})}
+        other = _open(config, name, f"--{part}", fallback=fallback, parts=(part,))
         if part not in other.parts:
-            raise ValueError(f"--{part} {name!r}: has no {part} but {', '.join(other.parts)}; give a file that has.")
-        parts = {**model.parts, part: other.parts[part]}
-        model = dataclasses.replace(model, parts=parts, configs={**model.configs, part: other.configs[part]})
+            has = ", ".join(other.parts or other.configs)
+            raise ValueError(f"--{part} {name!r}: has no {part} but {has}; give a file that has.")
+        check(dataclasses.replace(other, parts={part: other.parts[part]}), name)
+        model = model.with_part(part, other)
     empty = [part for part in model.configs if part != "scheduler" and part not in model.parts]
     if empty:
         of = f" of variant {config.variant}" if config.variant else ""
         raise ValueError(f"{config.src}: {', '.join(empty)}: has a config but no safetensors{of}; fetch them.")
     check(model, config.src)
-    model = _with_loras(model, config)
-    if config.dtype == "keep":
-        return model
-    return model.cast(np.dtype(DTYPES[{"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[config.dtype]]))
+    target = None if config.dtype == "keep" else np.dtype(DTYPES[DTYPE_NAMES[config.dtype]])
+    if config.lora:
+        # With another dtype to come, the sum is rounded once, to that.
+        model = _with_loras(model.cast(np.dtype(np.float32)) if target else model, config)
+    elif config.lora_scale:
+        raise ValueError("--lora-scale: there is no --lora; give the files.")
+    return model.cast(target) if target else model
+
+
+DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+USED = {"file": {"config_from"}, "folder": {"variant", "from_pt"}, "native": set(), "run": {"step", "ema"}}
+"""Of the flags that say how SRC is read, those that mean something for each kind of it."""
+
+
+def _check_used(config: ConvertConfig, source: Path) -> None:
+    """Check that no flag is given that SRC has no use for.
+
+    Raises:
+        ValueError: naming it.
+    """
+    kind = (
+        "file" if source.is_file()
+        else "native" if (source / NATIVE).is_file()
+        else "run" if (source / CHECKPOINTS).is_dir()
+        else "folder"
+    )  # fmt: skip
+    known = USED[kind] if source.exists() else {"revision", "variant", "from_pt", "config_from"}
+    if config.unet or config.vae:
+        known = known | {"ema", "from_pt", "config_from"}  # of what is put in
+    for name in ("config_from", "variant", "from_pt", "step", "ema", "revision"):
+        value, default = getattr(config, name), ConvertConfig.__dataclass_fields__[name].default
+        if value != default and name not in known:
+            flag = name.replace("_", "-")
+            what = {"file": "a file", "native": "a folder in the native format", "run": "a run"}.get(kind, "a folder")
+            raise ValueError(f"--{flag} {value!r}: has no meaning for SRC, {what}; leave it out.")
 
 
 def _open(
@@ -152,12 +204,14 @@ def _open(
     *,
     configs: Mapping[str, Any] | None = None,
     fallback: Mapping[str, Any] | None = None,
-    parts: Sequence[str] = PARTS,
+    parts: Sequence[str],
 ) -> Model:
     """A model by name; a run with the parts that it was trained with."""
     # The revision, the variant and the step are those of SRC alone.
     own = {"revision": config.revision, "variant": config.variant, "step": config.step} if flag == "SRC" else {}
     source = Source(located(name), flag, from_pt=config.from_pt, ema=config.ema, **own)
+    if flag == "SRC":
+        _check_used(config, Path(source.name))
     model = open_model(source, parts=parts, configs=configs, fallback=fallback)
     run = Path(source.name)
     return _of_run(run, config, model) if flag == "SRC" and (run / CHECKPOINTS).is_dir() else model
@@ -167,6 +221,14 @@ def _of_run(run: Path, config: ConvertConfig, unet: Model) -> Model:
     """A run's UNet with the parts that it was trained with: those of the model it began from, else of its export."""
     found = find_checkpoint(run, step=config.step)
     flags = found.saved.config
+    absent = {
+        "pretrained_model_name_or_path",
+        "revision",
+        "diffusion_scheduler_config",
+        "caption_dropout",
+    } - flags.keys()
+    if absent:
+        raise ValueError(f"{run}: its config lacks {', '.join(sorted(absent))}; take another checkpoint with --step.")
     log.info("%s: step %d, %s", run, found.step, found.item(ema=config.ema).name)
     begun = Source(
         located(flags["pretrained_model_name_or_path"]), "the run's --pretrained-model-name-or-path",
@@ -185,7 +247,7 @@ def _of_run(run: Path, config: ConvertConfig, unet: Model) -> Model:
         log.info("%s; the parts beside the UNet are those of %s", why, export)
         model = read_folder(export)
     changed = {key: value for key, value in flags["diffusion_scheduler_config"].items() if value}
-    scheduler = ScheduleConfig.from_json({**model.configs["scheduler"], **changed}).to_json()
+    scheduler = ScheduleConfig.from_json({**model.configs.get("scheduler", {}), **changed}).to_json()
     return dataclasses.replace(
         model,
         parts={**unet.parts, **{part: tensors for part, tensors in model.parts.items() if part != "unet"}},
@@ -199,23 +261,32 @@ def _with_loras(model: Model, config: ConvertConfig) -> Model:
     scales = config.lora_scale or (1.0,) * len(config.lora)
     if len(scales) != len(config.lora):
         raise ValueError(f"--lora-scale: has {len(scales)} numbers for {len(config.lora)} files; give one for each.")
-    loras = [read_lora(find(name, flag="--lora", revision="main"), model) for name in config.lora]
+    files = [find(name, flag="--lora") for name in config.lora]
+    for file in files:
+        if not file.is_file():
+            raise _lora_folder(file)
+    loras = [read_lora(file, model) for file in files]
     return merge(model, list(zip(loras, scales, strict=True))) if loras else model
+
+
+def _lora_folder(folder: Path) -> ValueError:
+    inside = sorted(path.name for path in folder.glob("*.safetensors"))
+    hint = f"such as {folder / inside[0]}" if inside else "of which it has none"
+    return ValueError(f"{folder}: a folder; give a LoRA's .safetensors file, {hint}.")
 
 
 def _convert_lora(config: ConvertConfig, dst: Path) -> tuple[int, str]:
     """(bytes, what it was) of a LoRA written in another format."""
-    meant = {
-        "unet": config.unet, "vae": config.vae, "lora": config.lora, "lora_scale": config.lora_scale,
-        "dtype": config.dtype != "keep",
-    }  # fmt: skip
-    if any(meant.values()):
-        name = next(name for name, value in meant.items() if value).replace("_", "-")
+    used = ("src", "dst", "to", "overwrite", "revision", "config_from")
+    fields = {field.name: field.default for field in dataclasses.fields(config) if field.name not in used}
+    given = [name for name, default in fields.items() if getattr(config, name) != default]
+    if given:
+        name = given[0].replace("_", "-")
         raise ValueError(f"--{name}: is for models, and --to {config.to} writes a LoRA; leave it out.")
     base = _names_of({**known({}), **(_configs_from(config.config_from) or {})})
     file = find(config.src, flag="SRC", revision=config.revision)
     if not file.is_file():
-        raise ValueError(f"{file}: a folder; --to {config.to} takes a LoRA's .safetensors file.")
+        raise _lora_folder(file)
     lora = read_lora(file, base)
     if config.to == "kohya":
         write_kohya(lora, UNetConfig.from_json(base.configs["unet"]), dst)
@@ -252,7 +323,8 @@ def _configs_from(folder: str) -> dict[str, dict[str, Any]] | None:
     configs = {part: read_json(place / part / "config.json") for part in PARTS if (place / part).is_dir()}
     if not configs:
         raise ValueError(f"--config-from {folder}: no diffusers folder; it has none of {', '.join(PARTS)}.")
-    return {**configs, "scheduler": read_json(place / "scheduler" / "scheduler_config.json")}
+    scheduler = place / "scheduler" / "scheduler_config.json"
+    return {**configs, **({"scheduler": read_json(scheduler)} if scheduler.is_file() else {})}
 
 
 def _save_tokenizers(model: Model, folder: Path) -> None:
@@ -264,5 +336,7 @@ def _save_tokenizers(model: Model, folder: Path) -> None:
         save_tokenizers(bundled_tokenizers(), folder)
         return
     for name in FOLDERS:
-        if (model.tokenizers / name).is_dir():
-            shutil.copytree(model.tokenizers / name, folder / name)
+        for file in sorted((model.tokenizers / name).glob("*")):
+            if file.is_file():
+                (folder / name).mkdir(exist_ok=True)
+                shutil.copyfile(file, folder / name / file.name)  # not its mode: it may be read-only

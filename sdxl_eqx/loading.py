@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from sdxl_eqx.weights.read import fill
 from sdxl_eqx.weights.skeletons import skeleton
 from sdxl_eqx.weights.tensors import Tensors
 
+log = logging.getLogger("sdxl_eqx")
+
 C = TypeVar("C")
 
 MODEL_FLAG, UNET_FLAG = "--pretrained-model-name-or-path", "--unet-checkpoint"
@@ -42,6 +45,7 @@ class ModelParts:
 
     name: str
     """File or folder, for errors."""
+    variant: str
     model: Model
     unet: UNetConfig
     vae: VAEConfig
@@ -67,11 +71,13 @@ class ModelParts:
                 f"{MODEL_FLAG} {name!r}: holds a UNet alone; name a whole model there, and this with {UNET_FLAG}."
             )
         if config.unet_checkpoint:
-            model = _with_unet(model, Source(config.unet_checkpoint, UNET_FLAG, token=token, from_pt=config.from_pt))
+            other = Source(located(config.unet_checkpoint), UNET_FLAG, token=token, from_pt=config.from_pt)
+            model = _with_unet(model, other)
         changed = {k: v for k, v in dataclasses.asdict(scheduler).items() if v}
         configs = _Configs(source.name, model)
         parts = cls(
             name=source.name,
+            variant=config.variant,
             model=model,
             unet=configs.read("unet", UNetConfig.from_json),
             vae=configs.read("vae", VAEConfig.from_json),
@@ -115,7 +121,9 @@ class ModelParts:
             ValueError: where the model has none, naming the flag that makes it new.
         """
         if part not in self.model.parts:
-            raise ValueError(f"{self.name}: has no weights of {part}; give a model that has{flag and f', or {flag}'}.")
+            which = f" of variant {self.variant}" if self.variant else ""
+            or_new = f", or {flag}" if flag and not self.variant else ""
+            raise ValueError(f"{self.name}: has no weights of {part}{which}; give a model that has{or_new}.")
         return self.model.parts[part]
 
     def encoders(self, config: ModelConfig, mesh: Mesh, *, key: PRNGKeyArray) -> Encoders:
@@ -164,16 +172,16 @@ def _put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
 
 
 def _with_unet(model: Model, source: Source) -> Model:
-    """The model with another UNet; the rest stays."""
-    fallback = {part: config for part, config in model.configs.items() if part == "unet"}
-    other = open_model(source, parts=("unet",), fallback=fallback)
+    """The model with another UNet, and the schedule that it was trained for if it says so; the rest stays."""
+    other = open_model(source, parts=("unet",), fallback={k: v for k, v in model.configs.items() if k == "unet"})
     if "unet" not in other.parts:
-        raise ValueError(f"{source.flag} {source.name!r}: has no UNet but {', '.join(other.parts)}; give one that has.")
-    return dataclasses.replace(
-        model,
-        parts={**model.parts, "unet": other.parts["unet"]},
-        configs={**model.configs, "unet": other.configs["unet"]},
-    )
+        has = ", ".join(other.parts or other.configs)
+        raise ValueError(f"{source.flag} {source.name!r}: has no UNet but {has}; give one that has.")
+    changed = model.with_part("unet", other)
+    was, now = (m.configs.get("scheduler", {}).get("prediction_type") for m in (model, changed))
+    if was != now:
+        log.info("%s: a UNet of %s (the model's: %s); training and samples follow it", source.name, now, was)
+    return changed
 
 
 @dataclass(frozen=True)
@@ -187,6 +195,8 @@ class _Configs:
         """The typed config of a part."""
         file = Path(self.name) / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
         if part not in self.model.configs:
+            if self.model.parts.keys() <= {"vae", "controlnet"}:
+                raise ValueError(f"{self.name}: holds {', '.join(self.model.configs)} alone; give a whole model.")
             if Path(self.name).is_file():
                 hint = "; put one in: scripts/convert_weights.py --vae" if part == "vae" else ""
                 raise ValueError(f"{self.name}: has no {part}; give a whole model{hint}.")

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-WRONG = (KeyError, TypeError, AttributeError, ArithmeticError)
+WRONG = (LookupError, TypeError, AttributeError, ArithmeticError)
 """What reading a config raises that lacks a key, or holds something of another kind."""
 
 

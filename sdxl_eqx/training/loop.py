@@ -31,7 +31,8 @@ from sdxl_eqx.training.setup import Run
 from sdxl_eqx.training.showing import caption_retrieval, draw_captions, grid, sample_prompts, save_pictures
 from sdxl_eqx.training.state import TrainState
 from sdxl_eqx.training.step import train_step
-from sdxl_eqx.weights.folder import index_of, write_folder
+from sdxl_eqx.weights.folder import write_folder
+from sdxl_eqx.weights.index import index_of
 from sdxl_eqx.weights.write import model_of
 
 log = logging.getLogger("sdxl_eqx")
@@ -223,7 +224,7 @@ def _finish(run: Run, step: int, state: TrainState, writer: MetricsWriter, stop:
         tokenizers = partial(save_tokenizers, run.parts.tokenizers)
         write_folder(model, run.folder.export, save_tokenizers=tokenizers, overwrite=True)
         run.folder.finish(step)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise RunError(f"the export could not be written ({error}); free space and run the same again.") from error
     return retrieval
 

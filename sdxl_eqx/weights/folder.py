@@ -1,51 +1,20 @@
 """A model as a diffusers folder, read and written tensor by tensor."""
 
-import contextlib
 import json
 import logging
-import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from sdxl_eqx.weights.destination import appearing
 from sdxl_eqx.weights.flax import read_flax
 from sdxl_eqx.weights.hub import FLAX
+from sdxl_eqx.weights.index import INDEX_NAME, complete_index
 from sdxl_eqx.weights.model import PARTS, Model
-from sdxl_eqx.weights.read import clip_key, read_json, weight_files
+from sdxl_eqx.weights.read import LEFT_OUT, STRANGERS, clip_key, read_json, weight_files
 from sdxl_eqx.weights.tensors import Tensors, open_file, write_file
 
 log = logging.getLogger("sdxl_eqx")
-
-INDEX = {
-    "_class_name": "StableDiffusionXLPipeline",
-    "_diffusers_version": "0.42.0",
-    "feature_extractor": [None, None],
-    "force_zeros_for_empty_prompt": True,
-    "image_encoder": [None, None],
-    "scheduler": ["diffusers", "EulerDiscreteScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "tokenizer_2": ["transformers", "CLIPTokenizer"],
-    "unet": ["diffusers", "UNet2DConditionModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-}
-"""What stands in `model_index.json` of SDXL base."""
-
-
-def index_of(*, caption_dropout: float) -> dict[str, Any]:
-    """`model_index.json` of a model trained with that much caption dropout.
-
-    It says what an absent negative prompt means: with dropout the model has learned the encoded empty one.
-    """
-    return {**INDEX, "force_zeros_for_empty_prompt": caption_dropout == 0}
-
-
-INDEX_NAME = "model_index.json"
-
-NATIVE = "sdxl_eqx.json"
-"""What marks a folder in this project's own layout."""
 
 ALONE = {"UNet2DConditionModel": "unet", "ControlNetModel": "controlnet", "AutoencoderKL": "vae"}
 """Parts by the class that a folder of one alone names."""
@@ -65,14 +34,21 @@ def read_folder(
     Raises:
         ValueError: where a part is damaged, incomplete or pickled, or there is none.
     """
-    places = {part: folder / part for part in PARTS if (folder / part / "config.json").is_file()}
+    index = read_json(folder / INDEX_NAME) if (folder / INDEX_NAME).is_file() else None
+    places = {part: folder / part for part in PARTS if (folder / part).is_dir()}
+    absent = [part for part in parts if part not in places and part in PARTS and any((index or {}).get(part) or ())]
+    if absent:
+        raise ValueError(f"{folder / INDEX_NAME}: names {absent[0]}, and there is no {absent[0]}/; fetch it.")
     if not places and (folder / "config.json").is_file():
-        kind = read_json(folder / "config.json").get("_class_name")
+        kind = str(read_json(folder / "config.json").get("_class_name"))
         if kind not in ALONE:
-            raise ValueError(f"{folder}: holds a {kind} alone; known are {', '.join(ALONE)}.")
+            raise ValueError(
+                f"{folder}: holds one part alone (_class_name {kind}); read alone are {', '.join(ALONE)}. Give the "
+                "whole model's folder."
+            )
         places = {ALONE[kind]: folder}
     if not places:
-        raise ValueError(f"{folder}: no diffusers folder; it has none of {', '.join(PARTS)} with a config.json.")
+        raise ValueError(f"{folder}: no diffusers folder; it has none of {', '.join(PARTS)}.")
     found: dict[str, Tensors] = {}
     configs: dict[str, dict[str, Any]] = {}
     left_out = []
@@ -94,14 +70,13 @@ def read_folder(
     scheduler = folder / "scheduler" / "scheduler_config.json"
     if scheduler.is_file():
         configs["scheduler"] = read_json(scheduler)
-    index = folder / INDEX_NAME
     tokenizers = any((folder / name).is_dir() for name in ("tokenizer", "tokenizer_2"))
     return Model(
         found,
         configs,
         tuple(left_out),
         tokenizers=folder if tokenizers else None,
-        index=read_json(index) if index.is_file() else None,
+        index=index,
     )
 
 
@@ -116,7 +91,7 @@ def read_part(part: str, files: Sequence[Path]) -> tuple[Tensors, list[str]]:
     for file in files:
         for stored, tensor in open_file(file)[0].items():
             key = _published(part, stored)
-            if stored.rpartition(".")[2] == "position_ids":
+            if stored.rpartition(".")[2] in LEFT_OUT or stored.startswith(STRANGERS):
                 ignored.append(stored)
             elif key in tensors:
                 raise ValueError(f"{file}: {key} is held twice by {', '.join(str(f) for f in files)}.")
@@ -154,48 +129,11 @@ def write_folder(
         if "scheduler" in model.configs:
             write_json(model.configs["scheduler"], building / "scheduler" / "scheduler_config.json")
         if "text_encoder_2" in model.parts:
-            absent = [part for part in PARTS if part not in model.parts]
-            write_json({**(model.index or INDEX), **{part: [None, None] for part in absent}}, building / INDEX_NAME)
+            index, lost = complete_index(model)
+            if lost:
+                log.info("left out, as no conversion writes them: %s", ", ".join(lost))
+            write_json(index, building / INDEX_NAME)
             save_tokenizers(building)
-
-
-@contextlib.contextmanager
-def appearing(folder: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A folder to write into, which takes its name when the block ends well; else nothing of it is left.
-
-    With `overwrite` a model that was there is replaced then, and until then it stays.
-
-    Raises:
-        ValueError: where something else than a model is to be replaced.
-    """
-    replaced = overwrite and folder.exists()
-    if replaced and not _is_model(folder):
-        raise ValueError(f"{folder}: is there and holds no model, so it is not replaced; give another name.")
-    building = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    try:
-        yield building
-        if replaced:
-            folder.rename(old)
-        try:
-            building.rename(folder)
-        except OSError:
-            if replaced:
-                old.rename(folder)
-            raise
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _is_model(folder: Path) -> bool:
-    """Whether a folder is empty, or one that a conversion writes."""
-    if not folder.is_dir():
-        return False
-    names = {path.name for path in folder.iterdir()}
-    return not names or bool(names & {INDEX_NAME, NATIVE, "config.json", *PARTS})
 
 
 def write_json(value: dict[str, Any], file: Path) -> None:

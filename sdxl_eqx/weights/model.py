@@ -31,6 +31,20 @@ class Model:
         parts = {part: {key: t.cast(dtype) for key, t in tensors.items()} for part, tensors in self.parts.items()}
         return replace(self, parts=parts)
 
+    def with_part(self, part: str, other: "Model") -> "Model":
+        """This model with a part of another one, and with the prediction type that the other UNet states."""
+        configs = {**self.configs, part: other.configs[part]}
+        stated = other.configs.get("scheduler", {}) if part == "unet" else {}
+        if stated.get("prediction_type"):
+            words = {key: stated[key] for key in ("prediction_type", "rescale_betas_zero_snr") if key in stated}
+            configs["scheduler"] = {**self.configs.get("scheduler", {}), **words}
+        return replace(
+            self,
+            parts={**self.parts, part: other.parts[part]},
+            configs=configs,
+            left_out=(*self.left_out, *other.left_out),
+        )
+
     @property
     def nbytes(self) -> int:
         """Size of all tensors in bytes."""

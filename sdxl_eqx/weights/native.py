@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 import orbax.checkpoint as ocp
 
-from sdxl_eqx.weights.folder import NATIVE, appearing, write_json
-from sdxl_eqx.weights.model import Model
+from sdxl_eqx.weights.destination import NATIVE, appearing
+from sdxl_eqx.weights.folder import write_json
+from sdxl_eqx.weights.model import PARTS, Model
 from sdxl_eqx.weights.names import Place
 from sdxl_eqx.weights.read import read_json
 from sdxl_eqx.weights.skeletons import skeleton_places
@@ -31,6 +32,9 @@ FORMAT = 1
 
 AT_ONCE = 2**26
 """Bytes that are read or written together; a larger array goes alone."""
+
+DISK = ("RESOURCE_EXHAUSTED", "INTERNAL", "FAILED_PRECONDITION", "DATA_LOSS")
+"""How TensorStore's errors of writing begin, which come as ValueError."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +99,15 @@ def write_native(
                 handler = ocp.PyTreeCheckpointHandler(
                     type_handler_registry=registry, use_ocdbt=False, use_compression=False
                 )
-                with ocp.Checkpointer(handler) as checkpointer:
-                    checkpointer.save((building / part).absolute(), args=ocp.args.PyTreeSave(arrays))
+                try:
+                    with ocp.Checkpointer(handler) as checkpointer:
+                        checkpointer.save((building / part).absolute(), args=ocp.args.PyTreeSave(arrays))
+                except (ValueError, OSError) as error:
+                    if str(error).startswith(tuple(DISK)):
+                        raise OSError(f"{folder}: cannot be written ({str(error).splitlines()[0][:200]})") from None
+                    raise
+                except Exception as error:  # what Orbax raises for a full disk has no class of its own
+                    raise OSError(f"{folder}: cannot be written ({str(error).splitlines()[0][:200]})") from None
         write_json({"format": FORMAT, "configs": model.configs, "index": model.index}, building / NATIVE)
         if "text_encoder_2" in model.parts:
             save_tokenizers(building)
@@ -129,6 +140,11 @@ def read_native(folder: Path) -> Model:
     configs = meta.get("configs")
     if not isinstance(configs, dict) or not all(isinstance(config, dict) for config in configs.values()):
         raise ValueError(f"{folder / NATIVE}: must hold the JSON config of each part; convert the model again.")
+    for part in (*PARTS, "controlnet"):
+        if (folder / part).is_dir() and part not in configs:
+            raise ValueError(f"{folder / NATIVE}: has no config of {part}, which is there; convert the model again.")
+    if not isinstance(meta.get("index"), dict | None):
+        raise ValueError(f"{folder / NATIVE}: its index must be a JSON object; convert the model again.")
     there = [part for part in configs if part != "scheduler" and (folder / part).is_dir()]
     parts = {part: item_tensors(folder / part, part, configs[part]) for part in there}
     has_tokenizers = (folder / "tokenizer").is_dir()
@@ -243,12 +259,12 @@ class Item:
 
 
 class _quiet:  # noqa: N801  reads as what it does
-    """Without what Orbax says of each array that it reads or writes."""
+    """Without what Orbax says of each array that it reads or writes, and of errors, which are raised anyway."""
 
     def __enter__(self) -> None:
         self.logger = logging.getLogger("absl")
         self.level = self.logger.level
-        self.logger.setLevel(logging.ERROR)
+        self.logger.setLevel(logging.CRITICAL)
 
     def __exit__(self, *_: object) -> None:
         self.logger.setLevel(self.level)

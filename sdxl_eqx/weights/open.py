@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_eqx.models.controlnet import ControlNetConfig
+from sdxl_eqx.models.hf_config import WRONG
 from sdxl_eqx.models.vae import VAEConfig
 from sdxl_eqx.weights import ldm
-from sdxl_eqx.weights.folder import ALONE, NATIVE, read_folder, read_part
+from sdxl_eqx.weights.destination import NATIVE
+from sdxl_eqx.weights.folder import ALONE, read_folder, read_part
 from sdxl_eqx.weights.hub import find
 from sdxl_eqx.weights.model import PARTS, Model
 from sdxl_eqx.weights.native import item_tensors, read_native
-from sdxl_eqx.weights.read import read_json
+from sdxl_eqx.weights.read import STRANGERS, read_json
 from sdxl_eqx.weights.run import CHECKPOINTS, find_checkpoint
 from sdxl_eqx.weights.single_file import known, read_single_file, stored_configs
 from sdxl_eqx.weights.tensors import Tensors, open_file
@@ -62,8 +64,18 @@ def open_model(
     if (path / CHECKPOINTS).is_dir():
         found = find_checkpoint(path, step=source.step)
         tensors = item_tensors(found.item(ema=source.ema), "unet", found.saved.unet)
-        return Model({"unet": tensors}, {"unet": found.saved.unet})
+        return Model({"unet": tensors}, {"unet": found.saved.unet, **_schedule(path, found.saved.config)})
     return read_folder(path, variant=source.variant, flax=not source.from_pt, parts=(*parts, "controlnet"))
+
+
+def _schedule(run: Path, flags: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What a run says of the schedule that its UNet was trained for: by its export, or by its flags."""
+    exported = run / "export" / "scheduler" / "scheduler_config.json"
+    if exported.is_file():
+        return {"scheduler": read_json(exported)}
+    changed = flags.get("diffusion_scheduler_config")
+    said = {key: value for key, value in changed.items() if value} if isinstance(changed, dict) else {}
+    return {"scheduler": said} if said else {}
 
 
 def open_safetensors(file: Path, *, configs: Configs | None = None, fallback: Configs | None = None) -> Model:
@@ -80,10 +92,17 @@ def open_safetensors(file: Path, *, configs: Configs | None = None, fallback: Co
         if is_it(tensors):
             near, stored = _beside(file, part), stored_configs(metadata, file)
             config = {**known(tensors), **guess(), **(fallback or {}), **near, **stored, **(configs or {})}[part]
+            if part == "unet" and not any(key.startswith("add_embedding.") for key in tensors):
+                raise ValueError(f"{file}: a UNet of Stable Diffusion 1 or 2, without add_embedding; SDXL is needed.")
             if part == "vae" and "encoder.down.0.block.0.norm1.weight" in tensors:
-                return Model({part: ldm.vae_from_file(tensors, VAEConfig.from_json(config))}, {part: config})
+                try:
+                    renamed = ldm.vae_from_file(_of_vae(tensors), VAEConfig.from_json(config))
+                    return Model({part: renamed}, {part: config})
+                except WRONG as error:
+                    raise ValueError(f"{file}: the config of its VAE is damaged ({error!r}).") from None
             published, ignored = read_part(part, [file])
-            return Model({part: published}, {part: config}, tuple(ignored))
+            configs = {part: config, **({"scheduler": stored["scheduler"]} if "scheduler" in stored else {})}
+            return Model({part: published}, configs, tuple(ignored))
     _refuse(tensors, file)
     return read_single_file(file, configs=configs, fallback=fallback)
 
@@ -92,7 +111,12 @@ def _beside(file: Path, part: str) -> dict[str, dict[str, Any]]:
     """The config of a part that lies beside its file, as in a diffusers folder."""
     beside = file.parent / "config.json"
     config = read_json(beside) if beside.is_file() else {}
-    return {part: config} if ALONE.get(config.get("_class_name", "")) == part else {}
+    return {part: config} if ALONE.get(str(config.get("_class_name"))) == part else {}
+
+
+def _of_vae(tensors: Tensors) -> Tensors:
+    """Without what training left in the file of a VAE."""
+    return {key: tensor for key, tensor in tensors.items() if not key.startswith(STRANGERS)}
 
 
 def _is_controlnet(tensors: Tensors) -> bool:
@@ -121,9 +145,10 @@ def _refuse(tensors: Tensors, file: Path) -> None:
     Raises:
         ValueError: where it is known to be something else.
     """
+    if tensors.keys() & {"clip_g", "clip_l", "emb_params"}:
+        raise ValueError(f"{file}: is an embedding (textual inversion), which is not read.")
     for what, words in (
-        ("a LoRA: give the model first, and it with --lora", ("lora_", ".lora.")),
-        ("an embedding (textual inversion), which is not read", ("clip_g", "clip_l", "emb_params")),
+        ("a LoRA; scripts/convert_weights.py MODEL OUT --lora puts it into a model", ("lora_", ".lora.")),
         ("a ControlNet in another layout; diffusers' is read", ("control_model.", "input_hint_block.", "lllite_")),
         ("a model of Flux or Stable Diffusion 3; SDXL is needed", ("double_blocks.", "joint_blocks.")),
     ):

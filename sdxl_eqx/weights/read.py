@@ -10,12 +10,18 @@ import numpy as np
 
 from sdxl_eqx.weights.hub import PICKLES, STEMS
 from sdxl_eqx.weights.names import Place, places
-from sdxl_eqx.weights.tensors import Tensors, check_finite, open_file
+from sdxl_eqx.weights.tensors import FLOATS, Tensors, check_finite, open_file
 
 M = TypeVar("M")
 
-IGNORED = ("position_ids",)
-"""Last words of keys that old files carry and no model needs."""
+LEFT_OUT = ("logit_scale", "position_ids")
+"""Last words of keys that files carry and no model here has a place for."""
+
+IGNORED = LEFT_OUT
+
+STRANGERS = ("model_ema.", "alphas_cumprod", "betas", "sqrt_", "log_one_minus", "posterior_", "denoiser.", "logvar",
+             "loss.")  # fmt: skip
+"""Starts of keys of training code, which are no weights of the model."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -50,11 +56,18 @@ def weight_files(folder: Path, *, variant: str = "") -> list[Path]:
         if single.is_file():
             return [single]
         if index.is_file():
-            names = sorted(set(read_json(index).get("weight_map", {}).values()))
+            shards = read_json(index).get("weight_map", {})
+            if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+                raise ValueError(f"{index}: its weight_map must name the file of each key; fetch it again.")
+            names = sorted(set(shards.values()))
             missing = [name for name in names if not (folder / name).is_file()]
             if missing or not names:
                 raise ValueError(f"{index}: names shards that are not there ({missing}); fetch them.")
             return [folder / name for name in names]
+    others = sorted(p.name for p in folder.glob("*.safetensors"))
+    if others:
+        asked = f"of variant {variant}" if variant else "without a variant"
+        raise ValueError(f"{folder}: has no weights {asked} but {others[0]}; name its variant with --variant.")
     pickles = [p.name for p in folder.glob("*") if p.suffix in PICKLES]
     if pickles:
         raise ValueError(
@@ -136,6 +149,8 @@ def check_keys(wanted: Sequence[Place], where: Tensors, *, twice: Sequence[str] 
         for key in place.keys:
             if where[key].shape != place.shape:
                 raise ValueError(
-                    f"{source}: {key} has shape {where[key].shape}, the model's config says {place.shape}; "
-                    "config.json and weights do not belong together."
+                    f"{source}: {key} has shape {where[key].shape}, the model's config says {place.shape}; config and "
+                    "weights do not belong together (a file without a config is described by --config-from)."
                 )
+            if where[key].dtype not in FLOATS:
+                raise ValueError(f"{source}: {key} has dtype {where[key].dtype}; weights are floating-point numbers.")

@@ -70,9 +70,14 @@ def read_meta(manager: ocp.CheckpointManager, step: int, folder: Path) -> Saved:
         meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
     except (ValueError, KeyError, FileNotFoundError) as error:
         raise ValueError(f"{folder / str(step)}: is no checkpoint of this project ({str(error)[:200]}).") from error
+    if not isinstance(meta, dict):
+        raise ValueError(f"{folder / str(step)}: is no checkpoint of this project (its meta is no JSON object).")
     if meta.get("format") != FORMAT:
         raise ValueError(
             f"{folder / str(step)}: has checkpoint format {meta.get('format')}, this version reads {FORMAT}; "
             "use the version that wrote it, or start another --run-name."
         )
+    absent = {"unet", "ema", "config", "data"} - meta.keys()
+    if absent or not isinstance(meta["unet"], dict) or not isinstance(meta["config"], dict):
+        raise ValueError(f"{folder / str(step)}: its meta is damaged; take the checkpoint before it.")
     return Saved(meta["unet"], meta["ema"], meta["config"], meta["data"])

@@ -13,6 +13,7 @@ from sdxl_eqx.models.unet import UNetConfig
 from sdxl_eqx.models.vae import VAEConfig
 from sdxl_eqx.weights import ldm
 from sdxl_eqx.weights.model import Model
+from sdxl_eqx.weights.read import LEFT_OUT, STRANGERS
 from sdxl_eqx.weights.tensors import Tensor, Tensors, open_file, write_file
 
 METADATA = "sdxl_eqx.config"
@@ -21,11 +22,8 @@ METADATA = "sdxl_eqx.config"
 V_PRED, ZTSNR = "v_pred", "ztsnr"
 """Empty tensors by which ComfyUI knows a v-prediction model, and one whose schedule ends in pure noise."""
 
-LEFT_OUT = ("logit_scale", "position_ids")
-"""Last words of keys that no model here has a place for."""
-
-STRANGERS = ("model_ema.", "alphas_cumprod", "betas", "sqrt_", "log_one_minus", "posterior_", "denoiser.", "logvar")
-"""Starts of keys of training code, which are no weights of the model."""
+INDEX_METADATA = "sdxl_eqx.model_index"
+"""The same of `model_index.json`."""
 
 
 def read_single_file(
@@ -44,25 +42,23 @@ def read_single_file(
     """
     tensors, metadata = open_file(file)
     _other_family(tensors, file)
-    found = {**known(tensors), **(fallback or {}), **stored_configs(metadata, file), **(configs or {})}
+    stored = stored_configs(metadata, file)
+    found = {**known(tensors), **(fallback or {}), **stored, **(configs or {})}
     markers = {key for key in (V_PRED, ZTSNR) if key in tensors}
-    if markers:
-        scheduler = {**found["scheduler"]}
-        scheduler["prediction_type"] = "v_prediction" if V_PRED in markers else scheduler["prediction_type"]
-        scheduler["rescale_betas_zero_snr"] = ZTSNR in markers
-        found["scheduler"] = scheduler
-    try:
-        unet, vae = UNetConfig.from_json(found["unet"]), VAEConfig.from_json(found["vae"])
-    except WRONG as error:
-        raise ValueError(f"{file}: a config of its metadata is damaged ({error!r}); give --config-from DIR.") from None
+    alone = not any(key.startswith(ldm.UNET) for key in tensors)
+    stated = markers or "scheduler" in {**stored, **(configs or {})}
+    if markers and "scheduler" not in (configs or {}):
+        said = {V_PRED: {"prediction_type": "v_prediction"}, ZTSNR: {"rescale_betas_zero_snr": True}}
+        found["scheduler"] = {**found["scheduler"], **{k: v for key in markers for k, v in said[key].items()}}
     grouped: dict[str, Tensors] = {"unet": {}, "vae": {}, "text_encoder": {}, "text_encoder_2": {}}
     prefixes = {"unet": ldm.UNET, "vae": ldm.VAE, "text_encoder": ldm.TEXT, "text_encoder_2": ldm.TEXT_2}
     left_out = []
-    alone = not any(key.startswith(ldm.UNET) for key in tensors)
     for key, tensor in tensors.items():
         part = next((name for name, prefix in prefixes.items() if key.startswith(prefix)), None)
         last = key.rpartition(".")[2]
-        if last in LEFT_OUT or key in markers or key.startswith(STRANGERS):
+        if key in markers:
+            continue  # said by the scheduler's config
+        if last in LEFT_OUT or key.removeprefix(ldm.VAE).startswith(STRANGERS):
             left_out.append(key)
         elif part is not None:
             grouped[part][key.removeprefix(prefixes[part])] = tensor
@@ -72,14 +68,21 @@ def read_single_file(
             grouped["unet"][key] = tensor
         else:
             raise ValueError(f"{file}: unknown key {key}; it is not of an SDXL single file.")
-    parts = {
-        "unet": ldm.renamed(grouped["unet"], ldm.unet_rules(unet), to_file=False),
-        "vae": ldm.vae_from_file(grouped["vae"], vae),
-        "text_encoder": ldm.text_from_file(grouped["text_encoder"]),
-        "text_encoder_2": ldm.text_2_from_file(grouped["text_encoder_2"]),
-    }
+    try:
+        unet, vae = UNetConfig.from_json(found["unet"]), VAEConfig.from_json(found["vae"])
+        parts = {
+            "unet": ldm.renamed(grouped["unet"], ldm.unet_rules(unet), to_file=False),
+            "vae": ldm.vae_from_file(grouped["vae"], vae),
+            "text_encoder": ldm.text_from_file(grouped["text_encoder"]),
+            "text_encoder_2": ldm.text_2_from_file(grouped["text_encoder_2"]),
+        }
+    except WRONG as error:
+        raise ValueError(f"{file}: a config of its metadata is damaged ({error!r}); give --config-from DIR.") from None
     parts = {part: tensors for part, tensors in parts.items() if tensors}
-    return Model(parts, {k: v for k, v in found.items() if k in parts or k == "scheduler"}, tuple(sorted(left_out)))
+    # A UNet alone that says nothing of the schedule is of whatever model it is put into.
+    kept = parts.keys() | ({"scheduler"} if stated or parts.keys() != {"unet"} else set())
+    configs = {part: config for part, config in found.items() if part in kept}
+    return Model(parts, configs, tuple(sorted(left_out)), index=stored_index(metadata, file))
 
 
 def stored_configs(metadata: Mapping[str, str], file: Path) -> dict[str, dict[str, Any]]:
@@ -88,12 +91,24 @@ def stored_configs(metadata: Mapping[str, str], file: Path) -> dict[str, dict[st
     Raises:
         ValueError: where they are no JSON.
     """
-    try:
-        stored = json.loads(metadata.get(METADATA, "{}"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: its metadata {METADATA} is not JSON ({error}); save it again.") from None
-    if not isinstance(stored, dict) or not all(isinstance(config, dict) for config in stored.values()):
+    stored = _json(metadata, METADATA, file) or {}
+    if not all(isinstance(config, dict) for config in stored.values()):
         raise ValueError(f"{file}: its metadata {METADATA} must hold a JSON object a part; save it again.")
+    return stored
+
+
+def stored_index(metadata: Mapping[str, str], file: Path) -> dict[str, Any] | None:
+    """`model_index.json` of a file which `write_single_file` wrote; None for another."""
+    return _json(metadata, INDEX_METADATA, file)
+
+
+def _json(metadata: Mapping[str, str], key: str, file: Path) -> dict[str, Any] | None:
+    try:
+        stored = json.loads(metadata.get(key, "null"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: its metadata {key} is not JSON ({error}); save it again.") from None
+    if not isinstance(stored, dict | None):
+        raise ValueError(f"{file}: its metadata {key} must hold a JSON object; save it again.")
     return stored
 
 
@@ -149,9 +164,11 @@ def _scheduler() -> dict[str, Any]:
 
 def single_file_tensors(model: Model) -> Tensors:
     """A model in the single file's layout, with its markers."""
-    unet = UNetConfig.from_json(model.configs["unet"])
-    named = ldm.renamed(model.parts["unet"], ldm.unet_rules(unet), to_file=True)
-    tensors: Tensors = {ldm.UNET + key: tensor for key, tensor in named.items()}
+    tensors: Tensors = {}
+    if "unet" in model.parts:
+        rules = ldm.unet_rules(UNetConfig.from_json(model.configs["unet"]))
+        named = ldm.renamed(model.parts["unet"], rules, to_file=True)
+        tensors = {ldm.UNET + key: tensor for key, tensor in named.items()}
     if "vae" in model.parts:
         tensors.update(ldm.vae_to_file(model.parts["vae"], VAEConfig.from_json(model.configs["vae"])))
     for key, tensor in model.parts.get("text_encoder", {}).items():
@@ -168,12 +185,16 @@ def single_file_tensors(model: Model) -> Tensors:
 
 
 def write_single_file(model: Model, file: Path) -> None:
-    """Write a model as one file, with every part's config in its metadata; a ControlNet alone in diffusers' names.
+    """Write a model as one file, with every part's config in its metadata; a ControlNet in diffusers' names.
 
     Raises:
         ValueError: for numbers that are not finite.
         OSError: where it cannot be written; either way nothing is left.
     """
-    configs = json.dumps(model.configs, sort_keys=True, separators=(",", ":"))
+    metadata = {"format": "pt", METADATA: json.dumps(model.configs, sort_keys=True, separators=(",", ":"))}
+    if model.index is not None:
+        metadata[INDEX_METADATA] = json.dumps(model.index, sort_keys=True, separators=(",", ":"))
     tensors = model.parts["controlnet"] if "controlnet" in model.parts else single_file_tensors(model)
-    write_file(tensors, file, metadata={"format": "pt", METADATA: configs})
+    if list(model.parts) == ["vae"]:  # as VAEs are published
+        tensors = {key.removeprefix(ldm.VAE): tensor for key, tensor in tensors.items()}
+    write_file(tensors, file, metadata=metadata)

@@ -8,11 +8,15 @@ import os
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
+
+from sdxl_eqx.weights.destination import clear_remains
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -52,8 +56,7 @@ class Tensor:
 
     def cast(self, dtype: np.dtype) -> "Tensor":
         """This tensor in another dtype; itself in its own, and where it holds no floating-point numbers."""
-        floating = self.dtype.kind == "f" or self.dtype in _FLOATS
-        if dtype == self.dtype or not floating:
+        if dtype == self.dtype or self.dtype not in FLOATS:
             return self
 
         def read() -> np.ndarray:
@@ -69,7 +72,8 @@ class Tensor:
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
-_FLOATS = (DTYPES["BF16"], DTYPES["F8_E4M3"], DTYPES["F8_E5M2"])
+FLOATS = tuple(DTYPES[name] for name in ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"))
+"""The dtypes that weights may be of."""
 
 Tensors = dict[str, Tensor]
 """Tensors by key."""
@@ -89,7 +93,7 @@ def open_file(file: Path) -> tuple[Tensors, dict[str, str]]:
         raise ValueError(f"{file}: {_what(file)} ({error}); fetch or save it again.") from None
     with file.open("rb") as opened:
         (length,) = struct.unpack("<Q", opened.read(8))
-        header = json.loads(opened.read(length))
+        header = json.loads(opened.read(length), object_pairs_hook=partial(_once, file))
     mapped = map_file(file)
     tensors: Tensors = {}
     for key, entry in header.items():
@@ -101,6 +105,15 @@ def open_file(file: Path) -> tuple[Tensors, dict[str, str]]:
         begin = entry["data_offsets"][0]
         tensors[key] = mapped_tensor(mapped, 8 + length + begin, dtype, tuple(entry["shape"]))
     return tensors, metadata
+
+
+def _once(file: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of the header, of which the library would take the last of two entries of one name."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        raise ValueError(f"{file}: its header has {twice} twice; save it again.")
+    return found
 
 
 POPULATE_READ = 22
@@ -172,6 +185,7 @@ def write_file(
     header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
     file.parent.mkdir(parents=True, exist_ok=True)
+    clear_remains(file)
     building = file.with_name(f".{file.name}.{os.getpid()}.part")
     try:
         with building.open("wb") as opened:
@@ -219,7 +233,7 @@ def check_finite(array: np.ndarray, key: str) -> None:
     Raises:
         ValueError: naming the key.
     """
-    if array.dtype in EXPONENTS and not all(_is_finite(piece) for piece in _chunks(array)):
+    if array.dtype in FLOATS and not all(_is_finite(piece) for piece in _chunks(array)):
         raise ValueError(
             f"{key}: holds NaN or infinity in {array.dtype}; the weights are damaged, or too large for that dtype: "
             "fetch them again, or take a wider --dtype."
@@ -227,5 +241,7 @@ def check_finite(array: np.ndarray, key: str) -> None:
 
 
 def _is_finite(array: np.ndarray) -> bool:
+    if array.dtype not in EXPONENTS:  # eight bits
+        return bool(np.isfinite(array.astype(np.float32)).all())
     word, exponent = EXPONENTS[array.dtype]
     return int(np.max(array.view(word) & word(exponent), initial=0)) < exponent

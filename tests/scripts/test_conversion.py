@@ -152,7 +152,7 @@ def test_a_variant_is_read_by_its_name_whole_or_sharded(model: Path, tmp_path: P
     convert(ConvertConfig(src=str(folder), dst=str(tmp_path / "out"), variant="fp16"))
     convert(ConvertConfig(src=str(model), dst=str(tmp_path / "cast"), dtype="float16"))
     assert sums(tmp_path / "out") == sums(tmp_path / "cast") != sums(model)
-    with pytest.raises(ValueError, match="no safetensors of variant bf16"):
+    with pytest.raises(ValueError, match="has no weights of variant bf16 but"):
         whole_model(ConvertConfig(src=str(folder), dst="", variant="bf16"))
 
 
@@ -223,15 +223,16 @@ def test_a_pickle_is_refused_with_the_command_that_turns_it_into_safetensors(tmp
             whole_model(ConvertConfig(src=str(tmp_path / name), dst=""))
 
 
-def test_a_destination_that_is_there_stays_unless_it_may_be_replaced(single: Path, tmp_path: Path):
-    (tmp_path / "out" / "unet").mkdir(parents=True)
-    (tmp_path / "out" / "mine").write_text("precious")
-    config = ConvertConfig(src=str(single), dst=str(tmp_path / "out"))
+def test_a_destination_that_is_there_stays_unless_it_may_be_replaced(single: Path, model: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    shutil.copytree(model, out)
+    before = (out / "model_index.json").stat().st_ino
+    config = ConvertConfig(src=str(single), dst=str(out))
     with pytest.raises(ValueError, match="--overwrite"):
         convert(config)
-    assert (tmp_path / "out" / "mine").read_text() == "precious"
-    convert(ConvertConfig(src=str(single), dst=str(tmp_path / "out"), overwrite=True))
-    assert not (tmp_path / "out" / "mine").exists() and (tmp_path / "out" / "unet" / "config.json").is_file()
+    assert (out / "model_index.json").stat().st_ino == before
+    convert(replace(config, overwrite=True))
+    assert (out / "model_index.json").stat().st_ino != before and sums(out) == sums(model)
 
 
 def test_a_conversion_that_dies_leaves_nothing_half_written(single: Path, tmp_path: Path):

@@ -5,6 +5,8 @@ import hashlib
 import itertools
 import json
 import shutil
+import subprocess
+import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -34,6 +36,7 @@ from sdxl_eqx.weights import ldm
 from sdxl_eqx.weights.folder import write_folder
 from sdxl_eqx.weights.model import Model
 from sdxl_eqx.weights.native import Item, write_native
+from sdxl_eqx.weights.open import open_safetensors
 from sdxl_eqx.weights.single_file import METADATA, write_single_file
 from sdxl_eqx.weights.tensors import Tensor, Tensors
 from sdxl_eqx.weights.write import file_tensors, write_model
@@ -174,7 +177,9 @@ def test_a_single_file_may_lack_the_prefix_of_its_first_text_encoder(model: Path
     assert sums(opened(tmp_path / "bare.safetensors", config_from=str(model))) == sums(opened(model))
 
 
-NAMED = st.sampled_from(["unet", "vae", "block_out_channels", "attention_head_dim", "down_block_types"])
+NAMED = st.sampled_from(
+    ["unet", "vae", "block_out_channels", "attention_head_dim", "down_block_types", "layers_per_block"]
+)
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMED, inner, max_size=4),
@@ -194,17 +199,165 @@ def test_configs_of_any_kind_in_a_files_metadata_never_end_in_a_traceback(stored
             opened(file)
 
 
-def test_only_a_model_is_replaced(model: Path, tmp_path: Path):
+@pytest.mark.parametrize(
+    "names", [["novel.txt"], ["config.json", "thesis.tex"], ["unet/config.json", "checkpoints/mine.safetensors"],
+              ["unet/notes/mine.txt"]],
+)  # fmt: skip
+def test_only_a_model_is_replaced(names: list[str], model: Path, tmp_path: Path):
     mine = tmp_path / "mine"
-    mine.mkdir()
-    (mine / "novel.txt").write_text("precious")
-    with pytest.raises(ValueError, match="holds no model, so it is not replaced"):
+    for name in names:
+        (mine / name).parent.mkdir(parents=True, exist_ok=True)
+        (mine / name).write_text("precious")
+    with pytest.raises(ValueError, match="which no conversion wrote, so it is not replaced"):
         converted(model, mine, overwrite=True)
-    assert (mine / "novel.txt").read_text() == "precious"
+    assert all((mine / name).read_text() == "precious" for name in names)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_model_is_replaced_by_one_in_another_format_and_through_a_link(model: Path, tmp_path: Path):
     there = converted(model, tmp_path / "there", to="native")
-    converted(model, there, overwrite=True)
+    (tmp_path / "link").symlink_to(there)
+    converted(model, tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").is_symlink()
     assert (there / "model_index.json").is_file() and not (there / "sdxl_eqx.json").exists()
-    assert {path.name for path in tmp_path.iterdir()} == {"mine", "there"}
+    converted(there, there, overwrite=True, dtype="float16")
+    assert opened(there).parts["unet"][UNET_KEY].dtype == np.float16
+    assert {path.name for path in tmp_path.iterdir()} == {"link", "there"}
+
+
+def test_a_folder_that_holds_what_is_read_is_not_replaced(model: Path, tmp_path: Path):
+    shutil.copytree(model, tmp_path / "hub")
+    file = converted(model, tmp_path / "hub" / "one.safetensors", to="single-file")
+    for more in ({}, {"unet": str(tmp_path / "hub" / "unet")}):
+        source = file if not more else model
+        with pytest.raises(ValueError, match="which is read, so it is not replaced"):
+            converted(source, tmp_path / "hub", overwrite=True, **more)
+    assert file.is_file()
+
+
+def test_what_a_killed_conversion_left_is_cleared_and_what_it_was_replacing_comes_back(model: Path, tmp_path: Path):
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    pid = dead.stdout.strip()
+    (tmp_path / f".out.{pid}.part").mkdir()
+    (tmp_path / f".one.safetensors.{pid}.part").write_text("half")
+    (tmp_path / f".other.{pid}.part").write_text("not ours")
+    shutil.copytree(model, tmp_path / f".out.{pid}.old")
+    with pytest.raises(ValueError, match="holds NaN"):
+        bad = load_file(model / "unet" / "diffusion_pytorch_model.safetensors")
+        bad["conv_in.bias"][0] = np.nan
+        converted(changed(model, tmp_path / "bad", "unet", bad), tmp_path / "out", dtype="float16")
+    assert sums(opened(tmp_path / "out")) == sums(opened(model))
+    converted(model, tmp_path / "one.safetensors", to="single-file")
+    assert {path.name for path in tmp_path.iterdir()} == {f".other.{pid}.part", "bad", "out", "one.safetensors"}
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder"])
+def test_a_part_without_its_config_or_its_folder_is_missed(part: str, model: Path, tmp_path: Path):
+    shutil.copytree(model, tmp_path / "m")
+    (tmp_path / "m" / part / "config.json").unlink()
+    with pytest.raises(ValueError, match=rf"{part}/config\.json: missing"):
+        opened(tmp_path / "m")
+    shutil.rmtree(tmp_path / "m" / part)
+    with pytest.raises(ValueError, match=rf"names {part}, and there is no {part}/"):
+        opened(tmp_path / "m")
+
+
+@pytest.mark.parametrize("to", list(NAMES))
+def test_what_an_absent_negative_prompt_means_goes_through_every_format(to: Any, model: Path, tmp_path: Path):
+    shutil.copytree(model, tmp_path / "m")
+    file = tmp_path / "m" / "model_index.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "force_zeros_for_empty_prompt": False}))
+    back = converted(converted(tmp_path / "m", tmp_path / NAMES[to], to=to), tmp_path / "back")
+    assert json.loads((back / "model_index.json").read_text()) == json.loads(file.read_text())
+
+
+@pytest.mark.parametrize("to", list(NAMES))
+def test_both_markers_of_the_schedule_go_through_every_format(to: Any, model: Path, tmp_path: Path):
+    shutil.copytree(model, tmp_path / "m")
+    file = tmp_path / "m" / "scheduler" / "scheduler_config.json"
+    said = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **said}))
+    one = converted(tmp_path / "m", tmp_path / NAMES[to], to=to)
+    assert opened(one).configs["scheduler"] == json.loads(file.read_text())
+    if to == "single-file":
+        foreign = tmp_path / "foreign.safetensors"
+        save_file(load_file(one), foreign)
+        assert {"v_pred", "ztsnr"} <= load_file(foreign).keys()
+        assert opened(foreign, config_from=str(model)).configs["scheduler"]["prediction_type"] == "epsilon"
+        parts = {k: v for k, v in opened(model).configs.items() if k != "scheduler"}
+        found = open_safetensors(foreign, configs=parts)
+        assert said.items() <= found.configs["scheduler"].items() and not found.left_out
+
+
+def test_a_refiner_is_a_pipeline_of_its_own(model: Path, tmp_path: Path):
+    whole = opened(model)
+    parts = {part: tensors for part, tensors in whole.parts.items() if part != "text_encoder"}
+    write_single_file(dataclasses.replace(whole, parts=parts, index=None), tmp_path / "refiner.safetensors")
+    out = converted(tmp_path / "refiner.safetensors", tmp_path / "out")
+    index = json.loads((out / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionXLImg2ImgPipeline" and index["requires_aesthetics_score"] is True
+    assert index["text_encoder"] == index["tokenizer"] == [None, None] != index["tokenizer_2"]
+
+
+def test_a_unet_that_says_what_it_predicts_takes_its_schedule_along(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    tensors = {f"model.diffusion_model.{key}": x for key, x in sgm_unet(model).items()}
+    save_file({**tensors, "v_pred": np.zeros(0, np.float16)}, tmp_path / "v.safetensors")
+    save_file(tensors, tmp_path / "silent.safetensors")
+    out = converted(model, tmp_path / "out", unet=str(tmp_path / "v.safetensors"))
+    assert opened(out).configs["scheduler"]["prediction_type"] == "v_prediction"
+    caplog.set_level("INFO", "sdxl_eqx")
+    assert parts_of(model, unet_checkpoint=str(tmp_path / "v.safetensors")).schedule.prediction_type == "v_prediction"
+    assert "a UNet of v_prediction (the model's: epsilon)" in caplog.text
+    assert (
+        parts_of(out, unet_checkpoint=str(tmp_path / "silent.safetensors")).schedule.prediction_type == "v_prediction"
+    )
+
+
+def sgm_unet(model: Path) -> dict[str, np.ndarray]:
+    lazy = {key: Tensor.of(x) for key, x in another_unet(model).items()}
+    return {key: t.read() for key, t in ldm.renamed(lazy, ldm.unet_rules(UNET), to_file=True).items()}
+
+
+def test_a_vae_alone_goes_into_a_file_and_back(model: Path, tmp_path: Path):
+    file = converted(model / "vae", tmp_path / "vae.safetensors", to="single-file")
+    assert "encoder.mid.attn_1.q.weight" in load_file(file)
+    back = opened(converted(file, tmp_path / "back"))
+    assert sums(back) == {key: x for key, x in sums(opened(model)).items() if key.startswith("vae.")}
+
+
+def test_a_lora_in_a_wider_dtype_is_rounded_once(model: Path, tmp_path: Path):
+    save_file(lora_tensors(4), tmp_path / "a.safetensors")
+    half = converted(model, tmp_path / "half", dtype="float16")
+    lora = (str(tmp_path / "a.safetensors"),)
+    wide = opened(half, lora=lora, dtype="float32")
+    exact = opened(converted(half, tmp_path / "wide", dtype="float32"), lora=lora)
+    assert sums(wide) == sums(exact)
+    with pytest.raises(ValueError, match="--lora-scale: there is no --lora"):
+        opened(model, lora_scale=(1.0,))
+
+
+@pytest.mark.parametrize(
+    ("src", "given"),
+    [
+        ("file", {"step": 1}), ("file", {"variant": "fp16"}), ("file", {"revision": "x"}), ("folder", {"ema": False}),
+        ("folder", {"config_from": "x"}), ("native", {"from_pt": False}),
+    ],
+)  # fmt: skip
+def test_a_flag_that_the_source_has_no_use_for_is_refused(src: str, given: Any, model: Path, tmp_path: Path):
+    to = {"file": "single-file", "folder": "diffusers", "native": "native"}[src]
+    source = model if src == "folder" else converted(model, tmp_path / NAMES[to], to=to)
+    given = {key: str(model) if value == "x" and key == "config_from" else value for key, value in given.items()}
+    with pytest.raises(ValueError, match=rf"--{next(iter(given)).replace('_', '-')} .*has no meaning for SRC"):
+        opened(source, **given)
+
+
+def test_weights_that_are_no_floating_point_numbers_are_named(model: Path, tmp_path: Path):
+    tensors = load_file(model / "unet" / "diffusion_pytorch_model.safetensors")
+    tensors["conv_in.weight"] = tensors["conv_in.weight"].astype(np.int32)
+    with pytest.raises(ValueError, match=r"conv_in\.weight has dtype int32"):
+        opened(changed(model, tmp_path / "m", "unet", tensors))
 
 
 @pytest.mark.parametrize(
@@ -385,7 +538,7 @@ def test_a_lora_goes_from_kohya_to_peft_and_back(model: Path, tmp_path: Path):
     assert all(back[key].tobytes() == x.tobytes() for key, x in first.items())
     with pytest.raises(ValueError, match="--lora: is for models"):
         converted(peft, tmp_path / "d.safetensors", to="kohya", lora=("x",))
-    with pytest.raises(ValueError, match="a LoRA: give the model first, and it with --lora"):
+    with pytest.raises(ValueError, match="is a LoRA; .*MODEL OUT --lora"):
         converted(peft, tmp_path / "d")
 
 

@@ -83,7 +83,8 @@ def make(folder: Path) -> None:
 
     from sdxl_eqx.data.tokenizer import bundled_tokenizers, save_tokenizers
     from sdxl_eqx.diffusion.schedule import ScheduleConfig
-    from sdxl_eqx.weights.folder import INDEX, write_json
+    from sdxl_eqx.weights.folder import write_json
+    from sdxl_eqx.weights.index import INDEX
 
     lazy: Any = diffusers
     text: Any = transformers

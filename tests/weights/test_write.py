@@ -77,6 +77,7 @@ def test_files_say_that_they_are_pytorchs_so_that_transformers_loads_them(model:
 def test_a_folder_that_is_there_is_replaced_whole(model: SDXL, tmp_path: Path):
     folder = tmp_path / "sdxl"
     (folder / "unet").mkdir(parents=True)
+    (folder / "unet" / "config.json").write_text("{}")
     (folder / "unet" / "stray.bin").write_bytes(b"old")
     write(model, folder)
     assert not (folder / "unet" / "stray.bin").exists()
