@@ -538,7 +538,7 @@ def test_a_lora_goes_from_kohya_to_peft_and_back(model: Path, tmp_path: Path):
     assert all(back[key].tobytes() == x.tobytes() for key, x in first.items())
     with pytest.raises(ValueError, match="--lora: is for models"):
         converted(peft, tmp_path / "d.safetensors", to="kohya", lora=("x",))
-    with pytest.raises(ValueError, match="is a LoRA; .*MODEL OUT --lora"):
+    with pytest.raises(ValueError, match=r"is a LoRA; .*MODEL OUT --lora"):
         converted(peft, tmp_path / "d")
 
 
