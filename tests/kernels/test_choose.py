@@ -1,0 +1,116 @@
+"""The choice says what it chose, and one asked for by name serves or is refused."""
+
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from sdxl_eqx.kernels import choose as module
+from sdxl_eqx.kernels.attention import dot_product
+from sdxl_eqx.kernels.blocks import FlashBlockSizes
+from sdxl_eqx.kernels.choose import FromLength, choose
+from sdxl_eqx.kernels.cudnn import cudnn
+from sdxl_eqx.kernels.flash import Flash
+from sdxl_eqx.kernels.sharded import Sharded
+from sdxl_eqx.nn.compute import Compute
+
+MESH = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+
+@pytest.mark.parametrize(
+    ("backend", "options", "attend", "says"),
+    [
+        ("cpu", {}, dot_product, "dot_product by XLA, for a cpu has no kernel"),
+        ("gpu", {}, cudnn, "cudnn, published as some 5 times as fast as unfused"),
+        ("gpu", {"dtype": "float32"}, dot_product, r"dot_product by XLA \(attention cudnn: takes bfloat16 and float16"),
+        ("gpu", {"head_width": 512}, dot_product, "of a multiple of 8 up to 256 wide, not 512"),
+        ("gpu", {"mesh": MESH}, Sharded(cudnn, MESH), "cudnn"),
+        ("tpu", {}, FromLength(Flash("splash"), 2048), "flash .JAX's splash kernel.*; dot_product below 2048 queries"),
+        ("tpu", {"mesh": MESH}, FromLength(Sharded(Flash("splash"), MESH), 2048), "dot_product below 2048 queries"),
+        ("tpu", {"dtype": "float16"}, dot_product, "dot_product by XLA .attention flash: on a TPU takes bfloat16"),
+        ("tpu", {"min_seq_length": 4096}, FromLength(Flash("splash"), 4096), "dot_product below 4096 queries or keys"),
+        ("rocm", {}, dot_product, "for a rocm has no kernel"),
+    ],
+)
+def test_auto_takes_the_best_of_the_backend_and_says_why(backend, options, attend, says):
+    found, sentence = choose("auto", backend, **options)
+    assert found == attend
+    assert sentence.startswith("attention auto: ") and sentence.endswith(".")
+    assert re.search(says, sentence)
+
+
+@pytest.mark.parametrize(
+    ("name", "backend", "options", "attend", "says"),
+    [
+        ("dot_product", "tpu", {}, dot_product, "attention dot_product: by XLA."),
+        ("dot_product", "tpu", {"mesh": MESH, "min_seq_length": 9}, dot_product, "attention dot_product: by XLA."),
+        ("flash", "tpu", {}, Flash("splash"), "attention flash: JAX's splash kernel."),
+        ("flash", "gpu", {"dtype": "float32"}, Flash("triton"), "attention flash: JAX's Triton kernel."),
+        (
+            "flash",
+            "cpu",
+            {"dtype": "float32"},
+            Flash("splash", interpret=True),
+            "attention flash: JAX's splash kernel in the interpreter, for tests: very slow.",
+        ),
+        (
+            "flash",
+            "tpu",
+            {"mask_padding": False, "min_seq_length": 4096, "block_sizes": FlashBlockSizes(block_q=512)},
+            FromLength(Flash("splash", FlashBlockSizes(block_q=512), mask_padding=False), 4096),
+            "attention flash: JAX's splash kernel; dot_product below 4096 queries or keys; zeros that pad the keys are "
+            "attended to.",
+        ),
+        ("cudnn", "gpu", {"mesh": MESH}, Sharded(cudnn, MESH), "attention cudnn: through JAX."),
+    ],
+)
+def test_one_asked_for_by_name_serves(name, backend, options, attend, says):
+    assert choose(name, backend, **options) == (attend, says)
+
+
+@pytest.mark.parametrize(
+    ("name", "backend", "options", "says"),
+    [
+        ("splash", "tpu", {}, "attention splash: unknown; one of auto, dot_product, flash, cudnn, cudnn_flash_te"),
+        ("cudnn", "cpu", {}, "attention cudnn: needs an NVIDIA GPU, and this is a cpu"),
+        ("cudnn_flash_te", "tpu", {}, "attention cudnn_flash_te: needs an NVIDIA GPU, and this is a tpu"),
+        ("cudnn", "gpu", {"dtype": "float32"}, "takes bfloat16 and float16, not float32"),
+        ("cudnn", "gpu", {"head_width": 20}, "a multiple of 8 up to 256 wide, not 20"),
+        ("cudnn_flash_te", "gpu", {}, r"needs Transformer Engine .*pip install --no-build-isolation -e '.\[te\]'"),
+        ("flash", "tpu", {"dtype": "float16"}, "on a TPU takes bfloat16 and float32, not float16"),
+        ("flash", "tpu", {"head_width": 1024}, "on a TPU heads are at most 512 wide"),
+        ("flash", "gpu", {"head_width": 512}, "on a GPU heads are at most 128 wide"),
+        ("flash", "rocm", {}, "has kernels for tpu and gpu, none for rocm"),
+        ("flash", "tpu", {"block_sizes": FlashBlockSizes(block_q=100)}, "block_q=100: on a TPU a multiple of 128"),
+    ],
+)
+def test_one_that_cannot_serve_is_refused(name, backend, options, says, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformer_engine", None)
+    with pytest.raises(ValueError, match=says):
+        choose(name, backend, **options)
+
+
+def test_a_choice_is_static_so_the_same_choice_compiles_once():
+    traced = []
+
+    @jax.jit(static_argnums=1)
+    def f(x, compute):
+        traced.append(1)
+        return compute.attend(x, x, x)
+
+    for _ in range(2):
+        attend, _ = choose("flash", "cpu", dtype="float32", mesh=MESH, min_seq_length=64)
+        f(jnp.ones((8, 16, 2, 8)), Compute(attend))
+    assert len(traced) == 1
+
+
+def test_the_length_from_which_flash_serves_counts_queries_and_keys(monkeypatch):
+    def fake(query, key, value, *, causal=False):
+        return jnp.zeros_like(query)
+
+    monkeypatch.setattr(module, "dot_product", lambda query, key, value, *, causal=False: jnp.ones_like(query))
+    x, y = jnp.ones((1, 8, 1, 8)), jnp.ones((1, 4, 1, 8))
+    attend = FromLength(fake, 8)
+    assert [float(attend(q, k, k).max()) for q, k in ((x, x), (x, y), (y, x))] == [0, 1, 1]
