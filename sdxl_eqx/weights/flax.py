@@ -14,7 +14,7 @@ import msgpack
 import numpy as np
 
 from sdxl_eqx.weights.hub import FLAX
-from sdxl_eqx.weights.read import IGNORED
+from sdxl_eqx.weights.read import LEFT_OUT
 from sdxl_eqx.weights.skeletons import skeleton_places
 from sdxl_eqx.weights.tensors import DTYPES, Tensor, Tensors
 
@@ -93,7 +93,7 @@ def read_flax(file: Path, part: str, config: dict[str, Any]) -> tuple[Tensors, l
     if all(path.startswith(WRAPPER) for path in stored):
         stored = {path.removeprefix(WRAPPER): tensor for path, tensor in stored.items()}
     wanted = flax_paths(part, config)
-    left_out = [path for path in stored if path.rpartition("/")[2] in IGNORED]
+    left_out = [path for path in stored if path.rpartition("/")[2] in LEFT_OUT]
     unknown = [path for path in stored if path not in wanted and path not in left_out]
     for word, which in (("missing", sorted(wanted.keys() - stored.keys())), ("unknown", sorted(unknown))):
         if which:

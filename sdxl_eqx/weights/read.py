@@ -17,8 +17,6 @@ M = TypeVar("M")
 LEFT_OUT = ("logit_scale", "position_ids")
 """Last words of keys that files carry and no model here has a place for."""
 
-IGNORED = LEFT_OUT
-
 STRANGERS = ("model_ema.", "alphas_cumprod", "betas", "sqrt_", "log_one_minus", "posterior_", "denoiser.", "logvar",
              "loss.")  # fmt: skip
 """Starts of keys of training code, which are no weights of the model."""
@@ -136,7 +134,7 @@ def check_keys(wanted: Sequence[Place], where: Tensors, *, twice: Sequence[str] 
         ValueError: naming what is missing, unknown, held twice or of another shape.
     """
     keys = {key for place in wanted for key in place.keys}
-    unknown = sorted(key for key in where if key not in keys and key.split(".")[-1] not in IGNORED)
+    unknown = sorted(key for key in where if key not in keys and key.split(".")[-1] not in LEFT_OUT)
     missing = sorted(keys - where.keys())
     for word, which in (("missing", missing), ("unknown", unknown), ("held twice", sorted(twice))):
         if which:
