@@ -14,9 +14,10 @@ def main() -> int:
 
     # Imported here, so that --help and wrong flags answer at once.
     from sdxl_eqx.training.loop import RunError, fit
-    from sdxl_eqx.training.setup import Finished, prepare
+    from sdxl_eqx.training.setup import Finished, begin_jax, prepare
 
     try:
+        begin_jax(config)
         run = prepare(config)
     except (ValueError, OSError) as error:
         log.error("error: %s", error)

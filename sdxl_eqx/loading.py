@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 import jax
 import jax.random as jr
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
 from jaxtyping import PRNGKeyArray
 
 from sdxl_eqx.config import DiffusionSchedulerConfig, ModelConfig
@@ -25,7 +24,7 @@ from sdxl_eqx.models.hf_config import WRONG
 from sdxl_eqx.models.sdxl import Encoders, cast
 from sdxl_eqx.models.unet import UNet, UNetConfig
 from sdxl_eqx.models.vae import VAEConfig
-from sdxl_eqx.parallel.specs import replicated, shardings
+from sdxl_eqx.parallel.specs import Layout, put
 from sdxl_eqx.weights.model import PARTS, Model
 from sdxl_eqx.weights.open import Source, open_model
 from sdxl_eqx.weights.read import fill
@@ -126,19 +125,16 @@ class ModelParts:
             raise ValueError(f"{self.name}: has no weights of {part}{which}; give a model that has{or_new}.")
         return self.model.parts[part]
 
-    def encoders(self, config: ModelConfig, mesh: Mesh, *, key: PRNGKeyArray) -> Encoders:
-        """VAE and text encoders in float32, whole on every device."""
+    def encoders(self, config: ModelConfig, layout: Layout, *, key: PRNGKeyArray) -> Encoders:
+        """VAE and text encoders in float32, laid out over the mesh."""
         keys = jr.split(key, 2)
-        whole = replicated(mesh)
 
         def part(name: str, *, make: Callable[..., Any] | None = None) -> Any:
             if make is not None and name not in self.model.parts:
-                return jax.jit(make, out_shardings=whole)()
+                return jax.jit(make, out_shardings=layout.shardings(jax.eval_shape(make)))()
             tensors = self.tensors(name, flag="--new-text-encoders" if name != "vae" else "")
             shapes = skeleton(name, self.model.configs[name])
-            return fill(
-                shapes, tensors, dtype=np.float32, source=f"{self.name} ({name})", put=lambda _, x: _put(x, whole)
-            )
+            return _fill(shapes, tensors, layout, dtype=np.float32, source=f"{self.name} ({name})")
 
         def text(name: str, shape: CLIPTextConfig, text_key: PRNGKeyArray) -> Any:
             return part(name, make=(lambda: CLIPText(shape, key=text_key)) if config.new_text_encoders else None)
@@ -149,7 +145,7 @@ class ModelParts:
             vae=part("vae"),
         )
 
-    def new_unet(self, config: ModelConfig, mesh: Mesh, *, key: PRNGKeyArray) -> UNet:
+    def new_unet(self, config: ModelConfig, layout: Layout, *, key: PRNGKeyArray) -> UNet:
         """The UNet to start from, in weights_dtype, laid out over the mesh: the model's, or a random one."""
         dtype = jax.numpy.dtype(config.weights_dtype)
 
@@ -157,18 +153,16 @@ class ModelParts:
             return cast(UNet(self.unet, key=k), dtype)
 
         shapes = jax.eval_shape(make, key)
-        layout = shardings(shapes, mesh)
         if config.train_new_unet:
-            return jax.jit(make, out_shardings=layout)(key)
+            return jax.jit(make, out_shardings=layout.shardings(shapes))(key)
         tensors = self.tensors("unet", flag="--train-new-unet")
-        where = iter(jax.tree.leaves(layout))
-        source = config.unet_checkpoint or self.name
-        return fill(shapes, tensors, dtype=dtype, source=f"{source} (unet)", put=lambda _, x: _put(x, next(where)))
+        return _fill(shapes, tensors, layout, dtype=dtype, source=f"{config.unet_checkpoint or self.name} (unet)")
 
 
-def _put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """An array of the host on the devices, each of which gets its share alone."""
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+def _fill(shapes: Any, tensors: Tensors, layout: Layout, *, dtype: Any, source: str) -> Any:
+    """A model filled with tensors, laid out over the mesh; no more than one array of it is in memory at a time."""
+    where = iter(jax.tree.leaves(layout.shardings(shapes)))
+    return fill(shapes, tensors, dtype=dtype, source=source, put=lambda _, x: put(x, next(where)))
 
 
 def _with_unet(model: Model, source: Source) -> Model:

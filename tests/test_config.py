@@ -1,6 +1,7 @@
 """The config: its defaults are the published ones, every rule of its check is needed, and YAML keeps it."""
 
 import dataclasses
+import json
 import math
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdxl_eqx.config import TrainConfig, _rules, flat, groups, is_flat, to_yaml
+from sdxl_eqx.config import FlashBlockSizes, TrainConfig, flat, groups, is_flat, to_yaml
+from sdxl_eqx.config.groups import AXIS_RULES
+from sdxl_eqx.config.train import plain, rules
 from sdxl_eqx.flags import NAMES, merge
 
 VALID = merge(TrainConfig(), {"train_data_dir": "pictures"})
@@ -20,7 +23,9 @@ BAD: dict[str, list[Any]] = {
     "base_output_directory": ["gs://bucket/runs"],
     "output_dir": ["gs://bucket/runs"],
     "seed": [-1, 2**32],
+    "flash_min_seq_length": [-1],
     "scan_unroll": [0, -1],
+    **{f"flash_block_sizes.{name}": [0, -128] for name in FlashBlockSizes.__annotations__ if name.startswith("block_")},
     "learning_rate": [0.0, -1.0, math.inf, math.nan],
     "max_train_steps": [0, -2],
     "num_train_epochs": [0, -1],
@@ -41,8 +46,24 @@ BAD: dict[str, list[Any]] = {
     "transform_images_num_proc": [0],
     "caption_dropout": [-0.1, 1.1, math.nan],
     "max_bad_fraction": [-0.1, 1.1, math.nan],
+    "mesh_axes": [
+        (),
+        ("data", "fsdp", "context"),
+        ("data", "fsdp", "context", "context"),
+        ("data", "fsdp", "context", "heads"),
+        ("data", "fsdp", "context", "tensor", "tensor"),
+    ],
+    "dcn_data_parallelism": [0, -2],
     "ici_data_parallelism": [0, -2],
-    "ici_fsdp_parallelism": [0, -2, -1],  # -1 beside the -1 of data
+    **{  # -1 beside the -1 of data
+        f"{kind}_{axis}_parallelism": [0, -2, -1] for kind in ("dcn", "ici") for axis in ("fsdp", "context", "tensor")
+    },
+    "logical_axis_rules": [
+        (("embd", ("fsdp",)),),
+        (("embed", ("fsdb",)),),
+        (("embed", ("fsdp", "fsdp")),),
+    ],
+    "data_sharding": [(), ("rows",), ("data", "fsdp", "data")],
     "checkpoint_every": [0, -2],
     "checkpoints_to_keep": [0],
     "log_period": [0],
@@ -63,8 +84,14 @@ GOOD: dict[str, list[Any]] = {
     "adam_b1": [0.0],
     "ema_decay": [0.999],
     "resolution": [8, 1024],
+    "flash_min_seq_length": [0, 4096],
+    "flash_block_sizes.block_q": [None, 1],
+    "mesh_axes": [("tensor", "context", "fsdp", "data")],
     "ici_data_parallelism": [-1, 8],
     "ici_fsdp_parallelism": [1, 4],
+    "dcn_tensor_parallelism": [1, 2],
+    "logical_axis_rules": [(), (("embed", ()), ("activation_kv_length", ("fsdp", "context")))],
+    "data_sharding": [("data",), ("tensor", "data", "fsdp", "context")],
     "checkpoint_every": [-1, 1],
     "guidance_scale": [0.0, 1.0],
     "samples_per_grid": [0],
@@ -72,15 +99,15 @@ GOOD: dict[str, list[Any]] = {
 
 
 def test_the_table_of_bad_values_covers_every_rule():
-    assert set(BAD) == {name for name, _, _ in _rules(VALID)}
+    assert set(BAD) == {name for name, _, _ in rules(VALID)}
 
 
 @pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in BAD.items() for value in values])
 def test_a_rule_refuses_a_bad_value_and_names_its_flag_the_value_and_the_rule(key: str, value: Any):
-    rule = next(rule for name, rule, _ in _rules(VALID) if name == key)
+    rule = next(rule for name, rule, _ in rules(VALID) if name == key)
     with pytest.raises(ValueError, match=r"^--") as error:
         merge(VALID, {key: value}).check()
-    assert str(error.value) == f"{NAMES[key].flag} {value!r}: {rule}"
+    assert str(error.value) == f"{NAMES[key].flag} {plain(value)!r}: {rule}"
 
 
 @pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in GOOD.items() for value in values])
@@ -94,8 +121,24 @@ def test_the_defaults_are_complete_but_for_the_data():
     VALID.check()
 
 
-def test_sharding_over_fsdp_alone_is_allowed():
-    merge(VALID, {"ici_data_parallelism": 1, "ici_fsdp_parallelism": -1}).check()
+@pytest.mark.parametrize("kind", ["dcn", "ici"])
+@pytest.mark.parametrize("axis", ["fsdp", "context", "tensor"])
+def test_any_one_axis_may_take_the_rest(kind: str, axis: str):
+    merge(VALID, {f"{kind}_data_parallelism": 1, f"{kind}_{axis}_parallelism": -1}).check()
+
+
+def test_an_error_about_axis_rules_shows_only_those_that_were_given():
+    given = (("heads", ("data",)), ("embed", ("rows",)), ("mlp", ("tensor",)))
+    with pytest.raises(ValueError) as error:
+        merge(VALID, {"logical_axis_rules": given}).check()
+    assert "--logical-axis-rules [['embed', ['rows']], ['heads', ['data']]]: " in str(error.value)
+
+
+def test_axis_rules_that_are_given_replace_those_of_their_names():
+    once = merge(VALID, {"logical_axis_rules": (("embed", ()), ("heads", ("fsdp", "tensor")))})
+    twice = merge(once, {"logical_axis_rules": (("heads", ()), ("heads", ("data",)))})
+    assert dict(once.parallel.logical_axis_rules) == dict(AXIS_RULES) | {"embed": (), "heads": ("fsdp", "tensor")}
+    assert dict(twice.parallel.logical_axis_rules) == dict(AXIS_RULES) | {"embed": (), "heads": ("data",)}
 
 
 def test_the_published_defaults_hold():
@@ -117,6 +160,11 @@ def test_the_published_defaults_hold():
         "checkpoint_every": -1,
         "guidance_scale": 9.0,
         "num_inference_steps": 20,
+        "flash_block_sizes": dict.fromkeys(FlashBlockSizes.__annotations__),
+        "mesh_axes": ["data", "fsdp", "context", "tensor"],
+        "dcn_data_parallelism": -1,
+        "ici_tensor_parallelism": 1,
+        "data_sharding": ["data", "fsdp", "context", "tensor"],
     }
     assert {key: flat(TrainConfig())[key] for key in published} == published
 
@@ -132,7 +180,7 @@ def test_nothing_in_a_config_can_be_changed():
 def test_no_name_is_in_two_groups():
     fields = [f.name for name, part in groups(TrainConfig()).items() if is_flat(name) for f in dataclasses.fields(part)]
     assert len(fields) == len(set(fields))
-    assert not set(fields) & set(groups(TrainConfig()))
+    assert not set(fields) & {name for name in groups(TrainConfig()) if not is_flat(name)}
 
 
 def test_base_output_directory_wins_over_output_dir():
@@ -158,10 +206,10 @@ def test_every_field_says_what_it_means():
     import ast
     import inspect
 
-    from sdxl_eqx import config
+    from sdxl_eqx.config import groups as module
 
-    for node in ast.parse(inspect.getsource(config)).body:
-        if isinstance(node, ast.ClassDef) and node.name != "TrainConfig":
+    for node in ast.parse(inspect.getsource(module)).body:
+        if isinstance(node, ast.ClassDef):
             for field, after in zip(node.body, [*node.body[1:], None], strict=True):
                 if isinstance(field, ast.AnnAssign):
                     text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and after.value.value
@@ -178,6 +226,11 @@ def test_no_prompt_is_changed_by_yaml(prompt: str):
 
 def test_yaml_keeps_other_scripts_readable():
     assert "ein Schloß 城" in to_yaml(merge(VALID, {"prompt": "ein Schloß 城"}))
+
+
+def test_the_flat_form_is_the_same_after_a_round_trip_through_json():
+    config = merge(VALID, {"data_sharding": ("data",), "flash_block_sizes.block_q": 512})
+    assert json.loads(json.dumps(flat(config))) == flat(config)
 
 
 @given(prompt=st.text(st.characters(exclude_categories=["Cs"])), rate=st.floats(1e-12, 1e3), steps=st.integers(1))

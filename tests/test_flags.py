@@ -1,6 +1,7 @@
 """The command line: flags over YAML over defaults, and one message with a remedy for all that is wrong."""
 
 import dataclasses
+import json
 import logging
 import re
 from collections.abc import Callable, Sequence
@@ -12,9 +13,10 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sdxl_eqx import flags
-from sdxl_eqx.config import TrainConfig, flat, groups, to_yaml
-from sdxl_eqx.flags import NAMES, SWITCHES, FlagError, merge, parse, read
+from sdxl_eqx.config import FlashBlockSizes, TrainConfig, flat, groups, to_yaml
+from sdxl_eqx.config.groups import AXIS_RULES, MESH_AXES, Axes, AxisRules
+from sdxl_eqx.config.train import plain
+from sdxl_eqx.flags import NAMES, SWITCHES, FlagError, command_line, merge, parse, read, switches
 
 DATA = ["--train-data-dir", "pictures"]
 TOKEN = "hf_topsecret"
@@ -87,17 +89,31 @@ def example(key: str) -> Any:
         return next(choice for choice in get_args(kind) if choice != default)
     if kind is bool:
         return not default
-    return {str: "other", int: 16, float: 0.5}[kind]
+    if kind == AxisRules:
+        return tuple((name, axes[:-1]) for name, axes in default)
+    if kind == Axes:
+        return default[::-1]
+    return {str: "other", int: 16, float: 0.5, int | None: 16, bool | None: True}[kind]
+
+
+def written_as(new: Any) -> str:
+    """A value as it is written after a flag."""
+    return json.dumps(new) if isinstance(new, tuple) else str(new)
+
+
+def entry(key: str, new: Any) -> dict[str, Any]:
+    """A key with its value as a file has it."""
+    outer, _, inner = key.partition(".")
+    return {outer: {inner: plain(new)} if inner else plain(new)}
 
 
 @pytest.mark.parametrize("key", NAMES)
 def test_every_published_name_is_a_flag_and_a_key(key: str, written: Yaml, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(flags, "SWITCHES", ())
+    monkeypatch.setattr(switches, "SWITCHES", ())
     new = example(key)
     data = [] if key == "train_data_dir" else DATA
-    assert value(parse([*data, f"{NAMES[key].flag}={new}"]), key) == new
-    outer, _, inner = key.partition(".")
-    file = written(yaml.safe_dump({outer: {inner: new} if inner else new}))
+    assert value(parse([*data, f"{NAMES[key].flag}={written_as(new)}"]), key) == new
+    file = written(yaml.safe_dump(entry(key, new)))
     assert value(parse(["--config", file, *data]), key) == new
 
 
@@ -193,6 +209,21 @@ def test_one_letter_left_out_still_finds_the_name(key: str, refusal: Refusal):
         (["--learning-rate", "fast"], ["--learning-rate 'fast'", "number"]),
         (["--lr-schedule", "rex"], ["--lr-schedule 'rex'", "constant, linear, cosine"]),
         (["--diffusion-scheduler-config.prediction-type", "v"], ["'v'", "'', epsilon, v_prediction"]),
+        (["--flash-block-sizes.block-q", "big"], ["--flash-block-sizes.block-q 'big'", "a whole number or none"]),
+        (["--flash-block-sizes.block-q", "0"], ["--flash-block-sizes.block-q 0", "above 0"]),
+        (["--flash-block-sizes.use-fused-bwd-kernel", "2"], ["use-fused-bwd-kernel '2'", "true, false or none"]),
+        (["--flash-block-sizes", "{}"], ["--flash-block-sizes: no such flag; did you mean --flash-block-sizes."]),
+        (["--mesh-axes", "data"], ["--mesh-axes 'data'", "a list of axes, as [data, fsdp]"]),
+        (["--mesh-axes", "[data"], ["--mesh-axes '[data'", "a list of axes"]),
+        (["--mesh-axes", "[data, fsdp]"], ["--mesh-axes ['data', 'fsdp']", "data, fsdp, context, tensor"]),
+        (["--data-sharding", "[[data], fsdp]"], ["--data-sharding '[[data], fsdp]'", "a list of axes"]),
+        (["--data-sharding", ""], ["--data-sharding ''", "a list of axes"]),
+        (["--logical-axis-rules", "[embed, fsdp]"], ["'[embed, fsdp]'", "[[embed, [data, fsdp]], [heads, null]]"]),
+        (["--logical-axis-rules", "[[embed, [[fsdp]]]]"], ["'[[embed, [[fsdp]]]]'", "a list of [NAME, AXIS or"]),
+        (["--logical-axis-rules", "{embed: fsdp}"], ["'{embed: fsdp}'", "a list of [NAME, AXIS or"]),
+        (["--logical-axis-rules", ""], ["--logical-axis-rules ''", "a list of [NAME, AXIS or"]),
+        (["--logical-axis-rules", "[[embd, fsdp]]"], ["[['embd', ['fsdp']]]", "names must be of batch,"]),
+        (["--ici-fsdp-parallelism", "-1"], ["--ici-fsdp-parallelism -1", "by default --ici-data-parallelism"]),
         (["--resolution"], ["--resolution: a value must follow"]),
         (["--resolution", "--seed", "3"], ["--resolution: a value must follow"]),
         (["--prompt", "a", "house"], ["--prompt: more than one value", "quotes"]),
@@ -251,14 +282,14 @@ def test_the_help_is_grouped_by_room_and_shows_the_docstrings(
 
 
 def test_nothing_given_runs_the_tiny_configuration(written: Yaml, monkeypatch: pytest.MonkeyPatch):
-    assert Path(flags.__file__).parent.parent / "configs" / "tiny.yaml" == flags.TINY_FILE
-    monkeypatch.setattr(flags, "TINY_FILE", Path(written("train_data_dir: asset:emoji\nresolution: 64\n")))
+    assert Path(command_line.__file__).parents[2] / "configs" / "tiny.yaml" == command_line.TINY_FILE
+    monkeypatch.setattr(command_line, "TINY_FILE", Path(written("train_data_dir: asset:emoji\nresolution: 64\n")))
     config = parse([])
     assert (config.data.train_data_dir, config.data.resolution) == ("asset:emoji", 64)
 
 
 def test_nothing_given_without_a_checkout_says_so(refusal: Refusal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(flags, "TINY_FILE", tmp_path / "configs" / "tiny.yaml")
+    monkeypatch.setattr(command_line, "TINY_FILE", tmp_path / "configs" / "tiny.yaml")
     message = refusal([])
     assert "configs/tiny.yaml" in message
     assert "not part of an installed package" in message
@@ -299,6 +330,20 @@ def test_a_flag_equal_to_the_default_wins_over_the_file(written: Yaml):
         ("negative_prompt: yes", "negative_prompt", "yes"),
         ("diffusion_scheduler_config: {prediction_type: null}", "diffusion_scheduler_config.prediction_type", ""),
         ("diffusion_scheduler_config:", "diffusion_scheduler_config.prediction_type", ""),
+        ("flash_block_sizes: {block_q: 512}", "flash_block_sizes.block_q", 512),
+        ("flash_block_sizes: {block_q: '512'}", "flash_block_sizes.block_q", 512),
+        ("flash_block_sizes: {block_q: null}", "flash_block_sizes.block_q", None),
+        ("flash_block_sizes: {block_q: None}", "flash_block_sizes.block_q", None),
+        ("flash_block_sizes: {}", "flash_block_sizes.block_q", None),
+        ("flash_block_sizes:", "flash_block_sizes.block_q", None),
+        ("flash_block_sizes: {use_fused_bwd_kernel: yes}", "flash_block_sizes.use_fused_bwd_kernel", True),
+        ("flash_block_sizes: {use_fused_bwd_kernel: null}", "flash_block_sizes.use_fused_bwd_kernel", None),
+        ("mesh_axes: ['fsdp', 'data', 'context', 'tensor']", "mesh_axes", ("fsdp", "data", "context", "tensor")),
+        ("mesh_axes:\n- tensor\n- data\n- context\n- fsdp", "mesh_axes", ("tensor", "data", "context", "fsdp")),
+        ("data_sharding: [['data', 'fsdp', 'tensor']]", "data_sharding", ("data", "fsdp", "tensor")),
+        ("data_sharding:\n- - data\n  - fsdp", "data_sharding", ("data", "fsdp")),
+        ("data_sharding: [data]", "data_sharding", ("data",)),
+        ("data_sharding: '[data]'", "data_sharding", ("data",)),
     ],
 )
 def test_scalars_are_read_as_the_type_of_the_field(line: str, key: str, expected: Any, written: Yaml):
@@ -315,6 +360,32 @@ def test_a_partial_mapping_merges_with_the_defaults_and_with_flags(written: Yaml
     assert dataclasses.astuple(both.diffusion_scheduler_config) == ("epsilon", "trailing")
 
 
+RULES = "[[embed, [data, fsdp]], [heads, null], [mlp, []], [conv_in, tensor], [conv_in, context]]"
+
+
+@pytest.mark.parametrize("text", [f"logical_axis_rules: {RULES}", f"logical_axis_rules: '{RULES}'"])
+def test_axis_rules_replace_the_default_of_their_names_and_flags_those_of_the_file(text: str, written: Yaml):
+    expected = {"embed": ("data", "fsdp"), "heads": (), "mlp": (), "conv_in": ("context",)}
+    assert dict(parse([*DATA, "--logical-axis-rules", RULES]).parallel.logical_axis_rules) == {
+        **dict(AXIS_RULES),
+        **expected,
+    }
+    both = parse([*DATA, "--config", written(text), "--logical-axis-rules", "[[heads, [tensor]], [out_channels, ~]]"])
+    assert dict(both.parallel.logical_axis_rules) == {
+        **dict(AXIS_RULES),
+        **expected,
+        "heads": ("tensor",),
+        "out_channels": (),
+    }
+
+
+@pytest.mark.parametrize("none", ["", "none", "None", "null"])
+def test_a_flag_may_say_none_over_the_file(none: str, written: Yaml):
+    file = written("flash_block_sizes: {block_q: 512, use_fused_bwd_kernel: true}")
+    words = [f"--flash-block-sizes.block-q={none}", f"--flash-block-sizes.use-fused-bwd-kernel={none}"]
+    assert parse([*DATA, "--config", file, *words]).flash_block_sizes == FlashBlockSizes()
+
+
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
@@ -322,6 +393,17 @@ def test_a_partial_mapping_merges_with_the_defaults_and_with_flags(written: Yaml
         ("resolution: 64.5", ["resolution", "64.5", "whole number"]),
         ("resolution: true", ["resolution", "true", "whole number"]),
         ("resolution: null", ["resolution", "null", "whole number"]),
+        ("mesh_axes: null", ["mesh_axes", "null", "a list of axes, as [data, fsdp]"]),
+        ("mesh_axes: {data: 2}", ["mesh_axes", "{data: 2}", "a list of axes"]),
+        ("mesh_axes:\n- data\n- [fsdp]", ["mesh_axes: [data, [fsdp]]: must be a list of axes"]),
+        ("mesh_axes: &again [*again]", ["mesh_axes", "a list of axes"]),
+        ("data_sharding: [rows]", ["--data-sharding ['rows']", "one or more of data, fsdp"]),
+        ("logical_axis_rules: [[embed, fsdp, tensor]]", ["[[embed, fsdp, tensor]]", "[NAME, AXIS or [AXES]]"]),
+        ("logical_axis_rules: [[embed, rows]]", ["--logical-axis-rules [['embed', ['rows']]]", "axes of data, fsdp"]),
+        ("flash_block_sizes: 512", ["flash_block_sizes", "512", "must be a mapping"]),
+        ("flash_block_sizes: {block_q: [512]}", ["flash_block_sizes.block_q", "a list", "single value"]),
+        ("flash_block_sizes: {block_q: -1}", ["--flash-block-sizes.block-q -1", "above 0"]),
+        ("flash_block_sizes: {block_k: 8}", ["flash_block_sizes.block_k", "did you mean flash_block_sizes.block_"]),
         ("resolution: [64, 64]", ["resolution", "a list", "single value"]),
         ("run_name: {a: b}", ["run_name", "a mapping", "single value"]),
         ("learning_rate: fast", ["learning_rate", "fast", "number"]),
@@ -369,8 +451,7 @@ def test_the_file_is_not_blamed_for_a_flag(written: Yaml, refusal: Refusal):
 
 @pytest.mark.parametrize("key", [key for key in NAMES if get_origin(NAMES[key].type) is Literal])
 def test_a_wrong_choice_lists_all_choices(key: str, written: Yaml, refusal: Refusal):
-    outer, _, inner = key.partition(".")
-    message = refusal(["--config", written(yaml.safe_dump({outer: {inner: "wrong"} if inner else "wrong"}))])
+    message = refusal(["--config", written(yaml.safe_dump(entry(key, "wrong")))])
     assert f"{key}: wrong" in message
     assert all((choice or "''") in message for choice in get_args(NAMES[key].type))
 
@@ -388,9 +469,10 @@ def test_read_raises_and_does_not_exit(tmp_path: Path):
         read(tmp_path / "nope.yaml")
 
 
-def configs() -> st.SearchStrategy[TrainConfig]:
-    """Checked configs with any value in any field but the token."""
+def valid() -> st.SearchStrategy[dict[str, Any]]:
+    """Valid values of some keys of every kind."""
     text = st.text(st.characters(exclude_categories=["Cs"]))
+    axes = st.lists(st.sampled_from(MESH_AXES), unique=True).map(tuple)
     fields = {
         "run_name": st.text("abc0._-", max_size=5).filter(lambda name: name not in (".", "..")),
         "seed": st.integers(0, 2**32 - 1),
@@ -403,15 +485,21 @@ def configs() -> st.SearchStrategy[TrainConfig]:
         "train_data_dir": text.filter(bool),
         "prompt": text,
         "diffusion_scheduler_config.prediction_type": st.sampled_from(["", "epsilon", "v_prediction"]),
+        "flash_block_sizes.block_q": st.none() | st.integers(1),
+        "flash_block_sizes.use_fused_bwd_kernel": st.none() | st.booleans(),
+        "mesh_axes": st.permutations(MESH_AXES).map(tuple),
+        "data_sharding": axes.filter(bool),
+        "logical_axis_rules": st.dictionaries(st.sampled_from(list(dict(AXIS_RULES))), axes).map(
+            lambda rules: tuple(rules.items())
+        ),
     }
-    return st.fixed_dictionaries({}, optional=fields).map(
-        lambda values: merge(TrainConfig(), {"train_data_dir": "pictures", "max_train_steps": 200} | values)
-    )
+    return st.fixed_dictionaries({}, optional=fields)
 
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(config=configs())
-def test_a_written_config_reads_back_equal(config: TrainConfig, written: Yaml):
+@given(values=valid())
+def test_a_written_config_reads_back_equal(values: dict[str, Any], written: Yaml):
+    config = merge(TrainConfig(), {"train_data_dir": "pictures", "max_train_steps": 200} | values)
     assert parse(["--config", written(to_yaml(config))]) == config
 
 
@@ -440,6 +528,12 @@ def test_epochs_alone_in_a_file_mean_the_same_and_steps_win_there_too(written: Y
 
 OFF = {
     "output_dir": ({"base_output_directory": "b"}, "--base-output-directory"),
+    "flash_min_seq_length": ({"attention": "dot_product"}, "--attention flash or auto"),
+    **{
+        f"flash_block_sizes.{name}": ({"attention": "cudnn"}, "--attention flash or auto")
+        for name in FlashBlockSizes.__annotations__
+    },
+    "mask_padding_tokens": ({"attention": "cudnn_flash_te"}, "--attention flash or auto"),
     "unet_checkpoint": ({"train_new_unet": True}, "--train-new-unet"),
     "revision": ({"pretrained_model_name_or_path": "asset:tiny-sdxl"}, "--pretrained-model-name-or-path"),
     "learning_rate_schedule_steps": ({}, "--lr-schedule"),
@@ -497,7 +591,7 @@ def test_a_key_of_the_file_whose_switch_is_off_is_one_log_line(
     key: str, written: Yaml, caplog: pytest.LogCaptureFixture
 ):
     off, remedy = OFF[key]
-    file = written(yaml.safe_dump({"train_data_dir": "pictures", **off, key: example(key)}))
+    file = written(yaml.safe_dump({"train_data_dir": "pictures", **off} | entry(key, example(key))))
     config = parse(["--config", file])
     assert value(config, key) == example(key)
     (record,) = caplog.records
@@ -519,6 +613,13 @@ def test_a_whole_file_of_defaults_logs_nothing(written: Yaml, caplog: pytest.Log
 
 def test_a_switch_turned_off_twice_is_no_error():
     assert not parse([*DATA, "--adam-weight-decay", "0", "--no-decay-all"]).optim.decay_all
+
+
+def test_not_to_mask_padding_needs_flash_too(refusal: Refusal):
+    assert "--mask-padding-tokens False has no effect" in refusal(
+        [*DATA, "--attention", "cudnn", "--no-mask-padding-tokens"]
+    )
+    assert not parse([*DATA, "--attention", "flash", "--no-mask-padding-tokens"]).attention.mask_padding_tokens
 
 
 def test_the_token_is_taken_from_flag_and_file_and_the_flag_wins(written: Yaml):
@@ -581,8 +682,8 @@ def test_no_help_and_no_log_line_shows_the_token(
 
 
 def test_the_readme_lists_every_flag_and_no_other():
-    readme = (flags.REPOSITORY / "README.md").read_text(encoding="utf-8")
+    readme = (command_line.REPOSITORY / "README.md").read_text(encoding="utf-8")
     table = readme.split("## Flags")[1].split("## ")[0]
     rows = [row for row in table.splitlines() if row.startswith("| ") and "`" in row]
     listed = [word for row in rows for word in re.findall(r"`([^`]+)`", row)]
-    assert sorted(listed) == sorted(flags.NAMES)
+    assert sorted(listed) == sorted(NAMES)

@@ -113,8 +113,11 @@ def write_cache(
     batch_size: int,
     bad: BadItems,
     progress: Callable[[int], None] = lambda written: None,
-) -> CachedSource:
+    is_writer: bool = True,
+) -> None:
     """Encode every sample once, one crop each, drawn from `seed` and the sample's index. All or nothing is written.
+
+    Of several processes that encode together, one `is_writer`.
 
     The encoders only ever see `batch_size` samples. `progress` is told after each batch how many samples are written.
     Context and pooled text keep float16, and are float32 otherwise.
@@ -135,12 +138,13 @@ def write_cache(
         return ({name: _storable(array[i]) for name, array in outputs.items()} for i in range(len(items)))
 
     def write(path: Path) -> None:
-        writer = ArrayRecordWriter(str(path), "group_size:1,zstd:1")
+        writer = ArrayRecordWriter(str(path), "group_size:1,zstd:1") if is_writer else None
         try:
             written = 0
             for items in _chunks(_prepared(source, tokenizers, config, seed, bad), batch_size):
                 for record in encode(items):
-                    writer.write(safetensors.numpy.save(record))
+                    if writer is not None:
+                        writer.write(safetensors.numpy.save(record))
                 written += len(items)
                 progress(written)
             if not written:
@@ -148,21 +152,23 @@ def write_cache(
             ids, ids_2 = (tokenize(tokenizer, [""] * batch_size)[0] for tokenizer in tokenizers)
             context, pooled = encode_captions(ids, ids_2)
             empty = {"context": _storable(context[0]), "pooled": _storable(pooled[0])}
-            writer.write(safetensors.numpy.save({**empty, "key": np.frombuffer(bytes.fromhex(key), np.uint8)}))
+            if writer is not None:
+                writer.write(safetensors.numpy.save({**empty, "key": np.frombuffer(bytes.fromhex(key), np.uint8)}))
         finally:
-            writer.close()
+            if writer is not None:
+                writer.close()
 
     folder.mkdir(parents=True, exist_ok=True)
     target = cache_path(folder, key)
     partial = folder / f".{target.stem}-{uuid.uuid4().hex[:8]}.partial"
     try:
         write(partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(target)
+        if is_writer:
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
-    return CachedSource(target, key)
 
 
 def cached_reader(caption_dropout: float, random_flip: bool, empty: Arrays) -> Read:

@@ -71,15 +71,15 @@ def make_stream(
     seed: int,
     shuffle: bool,
     num_threads: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     bad: BadItems,
 ) -> grain.DatasetIterator[Arrays]:
-    """Batches of this process's share, for ever; always full, each epoch in another order.
+    """Batches for ever, each epoch in another order; of each, the `rows` that this process feeds (all by default).
 
-    One sequence of samples follows from `seed` alone; process i of n takes every n-th one from the i-th on. A sample's
-    random draws depend on the seed and its place in that sequence, not on threads or processes. `get_state()` is
-    JSON-able, and `set_state()` of it continues bit for bit. Bad items are skipped and counted as they are passed.
+    One sequence of samples follows from `seed` alone, cut into batches of `batch_size`. A sample's random draws depend
+    on the seed and its place in that sequence, not on threads or processes. `get_state()` is JSON-able, and
+    `set_state()` of it continues bit for bit. Bad items are skipped and counted as they are passed: the process's next
+    sample takes their place.
 
     Raises (while iterating):
         ValueError: too many items are bad, as `BadItems` says.
@@ -94,10 +94,23 @@ def make_stream(
     samples = grain.MapDataset.source(source).seed(seed)
     if shuffle:
         samples = samples.shuffle()
-    samples = samples.repeat().random_map(read_or_bad)[process_index::process_count]
-    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(num_threads, 2 * batch_size))
-    good = samples.to_iter_dataset(options).filter(_Good(bad, len(source)))
-    return iter(good.batch(batch_size, drop_remainder=True))
+    samples = samples.repeat().random_map(read_or_bad)
+    rows = range(batch_size) if rows is None else rows
+    size = len(rows)
+
+    def mine(i: int) -> Arrays | BadPicture:
+        item = samples[i // size * batch_size + rows[i % size]]
+        assert item is not None  # it is only where a filter stands before
+        return item
+
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(num_threads, 2 * size))
+    own = grain.MapDataset.range(len(samples) // batch_size * size).map(mine).to_iter_dataset(options)
+    return iter(own.filter(_Good(bad, len(source))).batch(size, drop_remainder=True))
+
+
+def position_after(batches: int, size: int) -> dict[str, Any]:
+    """The state of a stream that gave so many batches of `size` rows and met no bad items."""
+    return {"next_index": batches * size}
 
 
 class _Good:

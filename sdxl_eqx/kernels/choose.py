@@ -1,18 +1,17 @@
 """Which attention runs: one asked for by name, or the best for the backend; never another one in its place."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from sdxl_eqx.arrays import Attend, DtypeName
+from sdxl_eqx.config import FlashBlockSizes
 from sdxl_eqx.kernels.attention import dot_product
-from sdxl_eqx.kernels.blocks import FlashBlockSizes
 from sdxl_eqx.kernels.cudnn import cudnn, cudnn_flash_te, import_te, refuse_unsupported
 from sdxl_eqx.kernels.flash import Flash
-from sdxl_eqx.kernels.sharded import Sharded
 from sdxl_eqx.kernels.splash import refuse_on_tpu
 from sdxl_eqx.kernels.triton import refuse_on_gpu
 
@@ -26,9 +25,10 @@ the second level it is 80 to 160 MB, at the 77 of texts less than flash. Which i
 
 @dataclass(frozen=True)
 class FromLength:
-    """`attend` where queries and keys are both at least `length`, else `dot_product`."""
+    """`attend` where queries and keys are both at least `length`, else `below`."""
 
     attend: Attend
+    below: Attend
     length: int
 
     def __call__(
@@ -40,24 +40,45 @@ class FromLength:
         causal: bool = False,
     ) -> Float[Array, "b l n d"]:
         long = min(query.shape[1], key.shape[1]) >= self.length
-        return (self.attend if long else dot_product)(query, key, value, causal=causal)
+        return (self.attend if long else self.below)(query, key, value, causal=causal)
+
+
+@dataclass(frozen=True)
+class Folded:
+    """`attend` with the heads folded into the batch."""
+
+    attend: Attend
+
+    def __call__(
+        self,
+        query: Float[Array, "b l n d"],
+        key: Float[Array, "b s n d"],
+        value: Float[Array, "b s n d"],
+        *,
+        causal: bool = False,
+    ) -> Float[Array, "b l n d"]:
+        b, l, n, d = query.shape
+        folded = (x.swapaxes(1, 2).reshape(b * n, x.shape[1], 1, d) for x in (query, key, value))
+        return self.attend(*folded, causal=causal).reshape(b, n, l, d).swapaxes(1, 2)
 
 
 def choose(
     name: str,
     backend: str,
     *,
-    mesh: Mesh | None = None,
+    share: Callable[[Attend], Attend] | None = None,
     dtype: DtypeName = "bfloat16",
     head_width: int = 64,
     block_sizes: FlashBlockSizes | None = None,
     mask_padding: bool = True,
     min_seq_length: int = 0,
+    split_heads: bool = True,
 ) -> tuple[Attend, str]:
     """The attention to run on a backend (the platform of the devices: cpu, gpu, tpu), and a sentence that says so.
 
-    `mesh` shares it out over more than one device (dot_product is left to XLA, which partitions it by itself).
-    `min_seq_length` is of flash: it takes over from so many queries and keys on, and dot_product serves below.
+    `share` makes of an implementation one that runs on a mesh (`Sharded`). `min_seq_length` is of flash: it takes over
+    from so many queries and keys on, and dot_product serves below. Without `split_heads` heads are folded into the
+    batch.
 
     Raises:
         ValueError: where the one asked for cannot serve on this backend, with this dtype or this head width.
@@ -73,10 +94,12 @@ def choose(
             why += f"; dot_product below {from_length} queries or keys"
         if not mask_padding:
             why += "; zeros that pad the keys are attended to"
-    if mesh is not None and mesh.size > 1 and attend is not dot_product:
-        attend = Sharded(attend, mesh)
-    if from_length:
-        attend = FromLength(attend, from_length)
+
+    def whole(attend: Attend) -> Attend:
+        attend = attend if split_heads else Folded(attend)
+        return attend if share is None else share(attend)
+
+    attend = FromLength(whole(attend), whole(dot_product), from_length) if from_length else whole(attend)
     return attend, f"attention {name}: {why}."
 
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 from jaxtyping import Array, Float
 
-from sdxl_eqx.kernels.blocks import FlashBlockSizes
+from sdxl_eqx.config import FlashBlockSizes
 from sdxl_eqx.kernels.splash import splash, splash_blocks
 from sdxl_eqx.kernels.triton import triton, triton_blocks
 

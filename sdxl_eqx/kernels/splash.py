@@ -8,7 +8,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as jax_mask
 from jaxtyping import Array, Float
 
-from sdxl_eqx.kernels.blocks import FlashBlockSizes, pad_length, round_up
+from sdxl_eqx.config import FlashBlockSizes
+from sdxl_eqx.kernels.blocks import pad_length, round_up
 from sdxl_eqx.kernels.residuals import RESIDUAL
 
 LANES = 128

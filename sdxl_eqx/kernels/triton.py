@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.gpu.attention import BlockSizes, mha
 from jaxtyping import Array, Float
 
-from sdxl_eqx.kernels.blocks import FlashBlockSizes, pad_length, round_up
+from sdxl_eqx.config import FlashBlockSizes
+from sdxl_eqx.kernels.blocks import pad_length, round_up
 
 SMALLEST = 16
 """The least number of rows that Triton multiplies."""

@@ -230,17 +230,13 @@ class CLIPText(eqx.Module):
         SDXL conditions on the state before the last layer of both encoders and on the second one's pooled embedding.
         Padding is attended to, as in training. Without a projection the pooled embedding is not projected.
         """
-
-        def layer(x: Float[Array, "b s c"], one: EncoderLayer) -> Float[Array, "b s c"]:
-            return one(x, compute.attend)
-
         layers = self.text_model.encoder.layers
-        x = self.text_model.embeddings(ids)
-        penultimate = run_stack(layer, x, jax.tree.map(lambda a: a[:-1], layers), compute)
-        last = layer(penultimate, jax.tree.map(lambda a: a[-1], layers))
+        x = compute.run(self.text_model.embeddings, ids)
+        penultimate = run_stack(jax.tree.map(lambda a: a[:-1], layers), x, compute.attend, compute=compute)
+        last = compute.run(jax.tree.map(lambda a: a[-1], layers), penultimate, compute.attend)
         state = self.text_model.final_layer_norm(last)
         pooled = state[jnp.arange(ids.shape[0]), self._end(ids)]
-        return penultimate, pooled if self.text_projection is None else self.text_projection(pooled)
+        return penultimate, pooled if self.text_projection is None else compute.run(self.text_projection, pooled)
 
     def _end(self, ids: Int[Array, "b s"]) -> Int[Array, " b"]:
         # Published configs say eos_token_id 2, which stands for "the largest id" (transformers keeps that reading).

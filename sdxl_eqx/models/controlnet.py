@@ -197,15 +197,19 @@ class ControlNet(eqx.Module):
                 f"a ControlNet's image must be {self.config.downscale} times as high and wide as the latents "
                 f"{x.shape[1:3]}, so {sides}; it is {image.shape[1:3]}: resize it."
             )
-        temb = embed(self.time_embedding, self.add_embedding, self.config.unet, timestep, pooled, time_ids)
+        temb = embed(
+            self.time_embedding, self.add_embedding, self.config.unet, timestep, pooled, time_ids, compute=compute
+        )
         temb, context = temb.astype(x.dtype), context.astype(x.dtype)
-        outputs = [self.conv_in(x) + compute.block(self.controlnet_cond_embedding)(image.astype(x.dtype))]
+        outputs = [compute.run(self.conv_in, x) + compute.run(self.controlnet_cond_embedding, image.astype(x.dtype))]
         for down in self.down_blocks:
             outputs.extend(down(outputs[-1], temb, context, compute))
         mid = self.mid_block(outputs[-1], temb, context, compute)
         factor = jnp.asarray(scale, x.dtype)
-        residuals = [factor * conv(y) for conv, y in zip(self.controlnet_down_blocks, outputs, strict=True)]
-        return Control(tuple(residuals), factor * self.controlnet_mid_block(mid))
+        residuals = [
+            factor * compute.run(conv, y) for conv, y in zip(self.controlnet_down_blocks, outputs, strict=True)
+        ]
+        return Control(tuple(residuals), factor * compute.run(self.controlnet_mid_block, mid))
 
 
 def sum_controls(controls: Sequence[Control]) -> Control:

@@ -217,7 +217,7 @@ class Encoder(eqx.Module):
     def __call__(self, x: Float[Array, "b H W c"], compute: Compute) -> Float[Array, "b h w c2"]:
         x = self.conv_in(x)
         for block in self.down_blocks:
-            x = compute.block(block)(x)
+            x = compute.run(block, x)
         x = self.mid_block(x, compute)
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
 
@@ -246,7 +246,7 @@ class Decoder(eqx.Module):
     def __call__(self, z: Float[Array, "b h w c"], compute: Compute) -> Float[Array, "b H W c3"]:
         y = self.mid_block(self.conv_in(z), compute)
         for block in self.up_blocks:
-            y = compute.block(block)(y)
+            y = compute.run(block, y)
         return self.conv_out(jax.nn.silu(self.conv_norm_out(y)))
 
 

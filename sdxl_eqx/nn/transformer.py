@@ -1,7 +1,7 @@
 """The UNet's transformer: blocks of one stage stacked on axis 0 and run by one scan."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -14,8 +14,6 @@ from sdxl_eqx.nn.attention import Attention
 from sdxl_eqx.nn.compute import Compute
 from sdxl_eqx.nn.linear import Linear
 from sdxl_eqx.nn.norm import GroupNorm, LayerNorm
-
-M = TypeVar("M", bound=eqx.Module)
 
 
 class GEGLU(eqx.Module):
@@ -94,17 +92,16 @@ class Transformer(eqx.Module):
         self, x: Float[Array, "b h w c"], context: Float[Array, "b s e"], compute: Compute
     ) -> Float[Array, "b h w c"]:
         b, h, w, c = x.shape
-
-        def block(y: Float[Array, "b l c"], one: TransformerBlock) -> Float[Array, "b l c"]:
-            return one(y, context, compute.attend)
-
-        y = self.proj_in(self.norm(x).reshape(b, h * w, c))
-        y = run_stack(block, y, self.transformer_blocks, compute)
-        return x + self.proj_out(y).reshape(b, h, w, c)
+        y = compute.run((self.norm, self.proj_in), x).reshape(b, h * w, c)
+        y = run_stack(self.transformer_blocks, y, context, compute.attend, compute=compute)
+        return x + compute.run(self.proj_out, y).reshape(b, h, w, c)
 
 
-def run_stack(block: Callable[[Array, M], Array], x: Array, stack: M, compute: Compute) -> Array:
-    """`x` through each slice of `stack` along axis 0: `x = block(x, slice)`, by one scan."""
-    step = compute.block(block)
-    y, _ = jax.lax.scan(lambda carry, one: (step(carry, one), None), x, stack, unroll=compute.scan_unroll)
+def run_stack(stack: Callable[..., Array], x: Array, *args: Any, compute: Compute) -> Array:
+    """`x` through each slice of the module `stack` along axis 0: `x = slice(x, *args)`, by one scan."""
+
+    def block(x: Array, one: Callable[..., Array]) -> tuple[Array, None]:
+        return compute.run(one, x, *args, scanned=True), None
+
+    y, _ = jax.lax.scan(block, x, stack, unroll=compute.scan_unroll)
     return y

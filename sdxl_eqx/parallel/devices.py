@@ -41,8 +41,17 @@ def _idle_accelerator() -> tuple[str, str] | None:
     """(name, extra that installs JAX for it) of an accelerator that JAX was not told to ignore."""
     if os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):
         return None
-    if Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi"):
+    if on_gpu_machine():
         return "GPU", "cuda13"
-    if Path("/dev/accel0").exists() or os.environ.get("TPU_NAME") or os.environ.get("TPU_ACCELERATOR_TYPE"):
-        return "TPU", "tpu"
-    return None
+    return ("TPU", "tpu") if on_tpu_vm() else None
+
+
+def on_gpu_machine() -> bool:
+    """Whether this machine seems to have NVIDIA's GPUs, without asking JAX."""
+    return Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi") is not None
+
+
+def on_tpu_vm() -> bool:
+    """Whether this machine says that it has TPUs, without asking JAX."""
+    named = os.environ.get("TPU_NAME") or os.environ.get("TPU_ACCELERATOR_TYPE")
+    return bool(named) or Path("/dev/accel0").exists() or Path("/dev/vfio/0").exists()

@@ -11,6 +11,7 @@ import jax.random as jr
 import orbax.checkpoint as ocp
 
 from sdxl_eqx.models.unet import UNet
+from sdxl_eqx.parallel import hosts
 from sdxl_eqx.training.state import TrainState
 from sdxl_eqx.weights.native import FORMAT, Item
 from sdxl_eqx.weights.run import Saved, find_checkpoint, read_meta
@@ -29,8 +30,10 @@ class NotSaved(Exception):
 class Checkpoints:
     """The checkpoints of one run, `FOLDER/STEP/`; only whole ones count, and older ones go when a newer is whole."""
 
-    def __init__(self, folder: Path, *, keep: int):
+    def __init__(self, folder: Path, *, keep: int, broadcast_over: str | None = None):
+        """`broadcast_over`: the axis of the mesh along which one replica reads a checkpoint for the others."""
         self.folder = folder.absolute()
+        self.broadcast_over = broadcast_over
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.LatestN(keep), cleanup_tmp_directories=True
         )
@@ -51,7 +54,7 @@ class Checkpoints:
         self.wait()
         needed = sum(x.nbytes for x in jax.tree.leaves(state) if not _is_key(x)) + MARGIN
         free = shutil.disk_usage(self.folder).free
-        if free < needed:
+        if not all(hosts.gather_json(free >= needed)):
             raise NotSaved(
                 f"no checkpoint of step {step}: it needs {needed / 2**30:.2f} GiB, {self.folder} has "
                 f"{free / 2**30:.2f} GiB left. The last good checkpoint is that of step {self.latest()}. "
@@ -77,8 +80,11 @@ class Checkpoints:
         """
         wanted = _items(like)
         try:
-            args = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
-            items = dict(self.manager.restore(step, args=ocp.args.Composite(**args)))
+            if self.broadcast_over is None:
+                args = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
+                items = dict(self.manager.restore(step, args=ocp.args.Composite(**args)))
+            else:
+                items = {name: self._broadcast(self.folder / str(step) / name, tree) for name, tree in wanted.items()}
         except (ValueError, KeyError, FileNotFoundError) as error:
             raise ValueError(
                 f"{self.folder / str(step)}: does not fit this run's model or optimizer ({str(error)[:300]}). "
@@ -90,6 +96,20 @@ class Checkpoints:
                 "Delete that folder to go on from the checkpoint before it."
             ) from error
         return _from_items(items, like)
+
+    def _broadcast(self, folder: Path, wanted: Any) -> Any:
+        """An item of a checkpoint, read by the first replica along an axis of the mesh and sent to the others."""
+        mesh = next(x.sharding.mesh for x in jax.tree.leaves(wanted))
+        handler = ocp.type_handlers.SingleReplicaArrayHandler(mesh.axis_names.index(self.broadcast_over))
+        registry = ocp.type_handlers.create_type_handler_registry((jax.Array, handler))
+        args = jax.tree.map(
+            lambda x: ocp.type_handlers.SingleReplicaArrayRestoreArgs(
+                dtype=x.dtype, sharding=x.sharding, global_shape=x.shape
+            ),
+            wanted,
+        )
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry)) as checkpointer:
+            return checkpointer.restore(folder, args=ocp.args.PyTreeRestore(wanted, restore_args=args))
 
     def wait(self) -> None:
         """Until what was begun is written.

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdxl_eqx.data.cache import CachedSource, cache_key, cached_reader, open_cache, write_cache
-from sdxl_eqx.data.loader import BadItems, make_stream, picture_reader
+from sdxl_eqx.data.cache import (
+    CachedSource,
+    EncodeCaptions,
+    EncodePictures,
+    cache_key,
+    cached_reader,
+    open_cache,
+    write_cache,
+)
+from sdxl_eqx.data.loader import BadItems, make_stream, picture_reader, position_after
 from sdxl_eqx.loading import fingerprint
 from sdxl_eqx.models.sdxl import Encoders
+from sdxl_eqx.parallel import hosts
+from sdxl_eqx.parallel.mesh import batch_sharding, own_rows
+from sdxl_eqx.parallel.specs import put
 from sdxl_eqx.training.setup import Run
 
 log = logging.getLogger("sdxl_eqx")
@@ -27,53 +39,79 @@ def feed(run: Run) -> tuple[Any, Encoders | None]:
     config = run.config
     bad = BadItems(len(run.source), config.data.max_bad_fraction)
     common = {
-        "batch_size": run.batch_size // jax.process_count(),
+        "batch_size": run.batch_size,
+        "rows": own_rows(run.batch_sharding, run.batch_size),
         "seed": config.run.seed,
         "shuffle": config.data.enable_data_shuffling,
         "num_threads": config.data.transform_images_num_proc,
-        "process_index": jax.process_index(),
-        "process_count": jax.process_count(),
         "bad": bad,
     }
     frozen = None
     if config.data.cache_latents_text_encoder_outputs:
-        cached = _cache(run, bad)
+        on_host = hosts.to_host(run.encoders)
+        cached = _cache(run, fingerprint(on_host, run.parts), bad)
         read = cached_reader(config.data.caption_dropout, config.data.random_flip, cached.empty)
         stream = make_stream(cached, read, **common)
         # The encoders wait in host memory until there are pictures to draw.
-        run.encoders = jax.device_get(run.encoders)
+        run.encoders = on_host
     else:
         stream = make_stream(run.source, picture_reader(config.data, run.parts.tokenizers), **common)
         frozen = run.encoders
-    if run.data_position:
-        stream.set_state(run.data_position)
+    if len(run.data_positions) == jax.process_count():
+        stream.set_state(run.data_positions[jax.process_index()])
+    elif run.data_positions:
+        step = int(run.state.step)
+        stream.set_state(position_after(step, len(common["rows"])))
+        log.info("saved by %d processes, now %d: the data go on at batch %d, whatever was skipped before",
+                 len(run.data_positions), jax.process_count(), step)  # fmt: skip
     return stream, frozen
 
 
-def _cache(run: Run, bad: BadItems) -> CachedSource:
+def _cache(run: Run, model_fingerprint: str, bad: BadItems) -> CachedSource:
     """The encoded data set: the one that is there, or a new one."""
     config = run.config
     folder = Path(config.data.dataset_save_location or run.folder.path / "cache")
-    key = cache_key(run.source, fingerprint(run.encoders, run.parts), config.data, config.run.seed)
+    key = cache_key(run.source, model_fingerprint, config.data, config.run.seed)
     cached = open_cache(folder, key)
-    if cached is None:
-        encoders = run.encoders
-        pictures = jax.jit(lambda e, x: e.vae.encode(x.astype(jnp.float32) / 127.5 - 1))
-        captions = jax.jit(lambda e, ids, ids_2: e.encode_text(ids, ids_2))
+    if not all(hosts.gather_json(cached is not None)):
         began = time.perf_counter()
-
-        def encode_pictures(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            moments = pictures(encoders, pixels)
-            return np.asarray(moments.mean), np.asarray(moments.logvar)
-
-        def encode_captions(ids: np.ndarray, ids_2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            context, pooled = captions(encoders, ids, ids_2)
-            return np.asarray(context), np.asarray(pooled)
-
-        cached = write_cache(
+        # Every process has all pictures encoded, on all devices together, and the first one writes.
+        encode_pictures, encode_captions, batch_size = _encoders(run)
+        write_cache(
             run.source, folder, key=key, encode_pictures=encode_pictures, encode_captions=encode_captions,
-            tokenizers=run.parts.tokenizers, config=config.data, seed=config.run.seed,
-            batch_size=min(8, len(run.source)), bad=bad,
+            tokenizers=run.parts.tokenizers, config=config.data, seed=config.run.seed, batch_size=batch_size, bad=bad,
+            is_writer=hosts.is_first(),
         )  # fmt: skip
-        log.info("encoded %d samples once in %.1f s: %s", len(cached), time.perf_counter() - began, cached.path)
+        hosts.wait("cache written")
+        cached = open_cache(folder, key)
+        if cached is not None:
+            log.info("encoded %d samples once in %.1f s: %s", len(cached), time.perf_counter() - began, cached.path)
+    if cached is None:
+        raise ValueError(f"{folder}: the first process wrote the cache there and this one does not see it; share it.")
     return cached
+
+
+def _encoders(run: Run) -> tuple[EncodePictures, EncodeCaptions, int]:
+    """What encodes pictures and captions, and how many at a time: as many as the devices share evenly."""
+    batch_size = max(8 // run.mesh.size, 1) * run.mesh.size
+    spread = batch_sharding(run.mesh, run.mesh.axis_names, batch_size)
+    whole = run.layout.whole
+
+    @partial(jax.jit, out_shardings=whole)
+    def pictures(encoders: Encoders, pixels: Any) -> Any:
+        moments = encoders.vae.encode(pixels.astype(jnp.float32) / 127.5 - 1)
+        return moments.mean, moments.logvar
+
+    @partial(jax.jit, out_shardings=whole)
+    def captions(encoders: Encoders, ids: Any, ids_2: Any) -> Any:
+        return encoders.encode_text(ids, ids_2)
+
+    def encode_pictures(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        mean, logvar = pictures(run.encoders, put(pixels, spread))
+        return np.asarray(mean), np.asarray(logvar)
+
+    def encode_captions(ids: np.ndarray, ids_2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        context, pooled = captions(run.encoders, put(ids, spread), put(ids_2, spread))
+        return np.asarray(context), np.asarray(pooled)
+
+    return encode_pictures, encode_captions, batch_size

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+import os
 import signal
 import threading
 import time
@@ -20,9 +21,8 @@ from sdxl_eqx.data.batch import Batch, LatentBatch
 from sdxl_eqx.data.loader import to_batch
 from sdxl_eqx.data.tokenizer import save_tokenizers
 from sdxl_eqx.diffusion.schedule import Schedule
-from sdxl_eqx.models.sdxl import SDXL
-from sdxl_eqx.parallel.mesh import batch_sharding
-from sdxl_eqx.parallel.specs import replicated, shardings
+from sdxl_eqx.models.sdxl import SDXL, cast
+from sdxl_eqx.parallel import hosts
 from sdxl_eqx.training.checkpoint import NotSaved
 from sdxl_eqx.training.feed import feed
 from sdxl_eqx.training.flops import unet_training_flops
@@ -62,10 +62,11 @@ def fit(run: Run) -> Outcome:
         stream, frozen = feed(run)
     except (ValueError, OSError) as error:
         raise RunError(str(error)) from error
+    metrics, step = run.config.metrics, int(run.state.step)
     writer = MetricsWriter(
-        run.config.metrics, file=run.folder.metrics, tensorboard=run.folder.tensorboard,
-        run_name=run.config.run.run_name, start=int(run.state.step),
-        finished=run.folder.finished_step == int(run.state.step),
+        metrics if hosts.is_first() else dataclasses.replace(metrics, write_metrics=False),
+        file=run.folder.metrics, tensorboard=run.folder.tensorboard, run_name=run.config.run.run_name, start=step,
+        finished=run.folder.finished_step == step,
     )  # fmt: skip
     try:
         return _train(run, stream, frozen, writer)
@@ -82,9 +83,9 @@ def _train(run: Run, stream: Any, frozen: Any, writer: MetricsWriter) -> Outcome
     schedule = Schedule(run.parts.schedule)
     step_fn = _compile(run)
     writer.text("config", f"```\n{run.folder.config.read_text()}\n```")
-    watch = Watch(start=start, total=run.total_steps, log_period=config.metrics.log_period)
+    watch = Watch(start=start, total=run.total_steps, log_period=config.metrics.log_period, is_shown=hosts.is_first())
     state = run.state
-    position = run.data_position
+    position = stream.get_state()
     meter = _Meter(run, writer, watch)
 
     with _Stop() as stop, jax.sharding.set_mesh(run.mesh):
@@ -96,7 +97,7 @@ def _train(run: Run, stream: Any, frozen: Any, writer: MetricsWriter) -> Outcome
                 # Read while the device works on this step: the loop never waits for the step it just began.
                 meter.flush()
                 meter.put(n, metrics)
-                if stop.signal:
+                if stop.now(n):
                     break
                 # Samples first: a run that is killed between the two draws them again.
                 if _due(n, config.sample.sample_every, run.batch_size) and n < run.total_steps:
@@ -109,28 +110,28 @@ def _train(run: Run, stream: Any, frozen: Any, writer: MetricsWriter) -> Outcome
                     meter.restart()
             meter.flush()
         step = int(state.step)
-        if not (_save(run, step, state, position or {}) and _written(run)):
+        if not (_save(run, step, state, position) and _written(run)):
             raise RunError(f"the checkpoint of step {step}, where the run stopped, could not be saved.")
-        retrieval = None if stop.signal else _finish(run, step, state, writer, stop)
+        retrieval = None if stop.now() else _finish(run, step, state, writer, stop)
     return Outcome(step, stop.signal, retrieval)
 
 
 def _compile(run: Run) -> Callable[..., Any]:
     """The jitted step, with the state laid out and donated."""
-    layout = shardings(jax.eval_shape(lambda: run.state), run.mesh)
-    step = partial(train_step, config=run.step_config, optimizer=run.optimizer)
-    whole = replicated(run.mesh)
+    state = run.layout.shardings(jax.eval_shape(lambda: run.state))
+    encoders = run.layout.shardings(jax.eval_shape(lambda: run.encoders))
+    cached = run.config.data.cache_latents_text_encoder_outputs
+    whole = run.layout.whole
     return jax.jit(
-        step,
-        in_shardings=(layout, whole, batch_sharding(run.mesh), whole),
-        out_shardings=(layout, whole),
+        partial(train_step, config=run.step_config, optimizer=run.optimizer),
+        in_shardings=(state, None if cached else encoders, run.batch_sharding, whole),
+        out_shardings=(state, whole),
         donate_argnums=0,
     )
 
 
 def _to_devices(batch: Batch | LatentBatch, run: Run) -> Batch | LatentBatch:
-    layout = batch_sharding(run.mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(layout, x), batch)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(run.batch_sharding, x), batch)
 
 
 def _next(stream: Any, run: Run) -> Batch | LatentBatch:
@@ -148,7 +149,7 @@ def _due(n: int, every: int, batch_size: int) -> bool:
 def _save(run: Run, n: int, state: TrainState, position: dict[str, Any]) -> bool:
     """Whether a checkpoint of step n is being written; a full disk costs that one alone, and is said loudly."""
     try:
-        run.checkpoints.save(n, state, run.saved(position))
+        run.checkpoints.save(n, state, run.saved(hosts.gather_json(position)))
     except (NotSaved, OSError) as error:
         log.error("%s", error)
         return False
@@ -190,6 +191,8 @@ def _show(run: Run, n: int, state: TrainState, writer: MetricsWriter) -> None:
     pictures = _drawn(run, state, prompts)
     if pictures is None:
         return
+    if not hosts.is_first():
+        return
     sheet = grid(pictures)
     run.folder.samples.mkdir(exist_ok=True)
     file = run.folder.samples / f"step_{n:06d}.png"
@@ -214,19 +217,29 @@ def _drawn(run: Run, state: TrainState, prompts: Sequence[str]) -> np.ndarray | 
 def _finish(run: Run, step: int, state: TrainState, writer: MetricsWriter, stop: "_Stop") -> float | None:
     """The last samples, caption retrieval and the export; a signal ends it between two of them."""
     _show(run, step, state, writer)
-    retrieval = None if stop.signal else _retrieve(run, step, state, writer)
-    if stop.signal:
+    retrieval = None if stop.now() else _retrieve(run, step, state, writer)
+    if stop.now():
         return retrieval
+    dtype = jnp.dtype(run.config.checkpoint.export_dtype)
+    whole = SDXL(state.best, run.encoders)
+    if jax.process_count() > 1:  # alone, each tensor is fetched as it is written
+        whole = hosts.to_host(cast(whole, dtype))
+    if hosts.is_first():
+        _export(run, step, whole, dtype)
+    hosts.wait("exported")
+    return retrieval
+
+
+def _export(run: Run, step: int, whole: SDXL, dtype: Any) -> None:
+    """Write the diffusers folder, and note that the run is finished."""
     try:
-        dtype = jnp.dtype(run.config.checkpoint.export_dtype)
-        model = model_of(SDXL(state.best, run.encoders), run.parts.schedule.to_json(), dtype=dtype)
+        model = model_of(whole, run.parts.schedule.to_json(), dtype=dtype)
         model = dataclasses.replace(model, index=index_of(caption_dropout=run.config.data.caption_dropout))
         tokenizers = partial(save_tokenizers, run.parts.tokenizers)
         write_folder(model, run.folder.export, save_tokenizers=tokenizers, overwrite=True)
         run.folder.finish(step)
     except (OSError, ValueError) as error:
         raise RunError(f"the export could not be written ({error}); free space and run the same again.") from error
-    return retrieval
 
 
 def _retrieve(run: Run, step: int, state: TrainState, writer: MetricsWriter) -> float | None:
@@ -235,7 +248,8 @@ def _retrieve(run: Run, step: int, state: TrainState, writer: MetricsWriter) -> 
     pictures = _drawn(run, state, [example.caption for example in run.source.examples[:n]]) if n else None
     if pictures is None:
         return None
-    save_pictures(pictures, run.folder.evaluation)
+    if hosts.is_first():
+        save_pictures(pictures, run.folder.evaluation)
     retrieval = caption_retrieval(pictures, run.source, run.config.data.resolution)
     writer.write(step, {"eval/caption_retrieval": retrieval})
     log.info(
@@ -312,17 +326,34 @@ class _Meter:
 
 
 class _Stop:
-    """Remembers Ctrl-C and SIGTERM, so that the loop ends after a whole step; a second Ctrl-C ends at once."""
+    """Remembers Ctrl-C and SIGTERM, so that the loop ends after a whole step; a second Ctrl-C ends at once.
+
+    Of several processes, one that is told to stop has all of them stop after the same step: SIGTERM is left to JAX's
+    preemption service, which tells the others, and Ctrl-C is turned into it.
+    """
 
     def __init__(self) -> None:
         self.signal = 0
+        self.alone = jax.process_count() == 1
+        self.asked = 0
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> "_Stop":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM) if self.alone else (signal.SIGINT,):
                 self.before[number] = signal.signal(number, self._note)
         return self
+
+    def now(self, step: int | None = None) -> bool:
+        """Whether the run ends after `step`, or at this place after the last one; every process must ask there.
+
+        Questions are numbered by steps, as those of Orbax are, which asks the same service.
+        """
+        self.asked = self.asked + 1 if step is None else step
+        if not self.alone and not self.signal and hosts.all_stop(self.asked):
+            self.signal = signal.SIGTERM
+            log.warning("SIGTERM: all processes save after this step")
+        return bool(self.signal)
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
@@ -331,5 +362,8 @@ class _Stop:
     def _note(self, number: int, _: FrameType | None) -> None:
         if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if not self.alone:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
         self.signal = number
         log.warning("%s: saving after this step", signal.Signals(number).name)

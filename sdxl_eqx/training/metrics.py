@@ -91,7 +91,7 @@ class MetricsWriter:
 class Watch:
     """A progress bar on a terminal, a line each log_period without one."""
 
-    def __init__(self, *, start: int, total: int, log_period: int):
+    def __init__(self, *, start: int, total: int, log_period: int, is_shown: bool = True):
         self.total, self.log_period = total, log_period
         self.start = start
         self.console = Console()
@@ -102,7 +102,9 @@ class Watch:
             TextColumn("{task.fields[status]}  left"),
             TimeRemainingColumn(compact=True),
         )
-        self.bar = Progress(*columns, console=self.console, transient=False) if self.console.is_terminal else None
+        self.bar = (
+            Progress(*columns, console=self.console, transient=False) if self.console.is_terminal and is_shown else None
+        )
         self.task = None
 
     def __enter__(self) -> "Watch":

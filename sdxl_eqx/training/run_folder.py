@@ -22,11 +22,12 @@ class RunFolder:
     """`ROOT/NAME/` and the places in it."""
 
     path: Path
-    lock: FileLock
+    lock: FileLock | None
+    """Held by the first of the run's processes, for all of them."""
 
     @classmethod
-    def open(cls, root: str, name: str) -> "RunFolder":
-        """Make the folder if it is not there, and lock it for this process.
+    def open(cls, root: str, name: str, *, is_first: bool = True) -> "RunFolder":
+        """Make the folder if it is not there, and lock it for this run.
 
         Raises:
             ValueError: where another process runs in it, or it cannot be made.
@@ -36,6 +37,8 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"--output-dir: cannot make {path} ({error.strerror}); choose another.") from None
+        if not is_first:
+            return cls(path, None)
         lock = FileLock(path / ".lock")
         try:
             lock.acquire(timeout=0)
@@ -94,4 +97,5 @@ class RunFolder:
 
     def close(self) -> None:
         """Let other processes in."""
-        self.lock.release()
+        if self.lock is not None:
+            self.lock.release()

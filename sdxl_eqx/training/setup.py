@@ -3,19 +3,20 @@
 import dataclasses
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
-from sdxl_eqx.config import TrainConfig, flat, to_yaml
+from sdxl_eqx.config import ParallelConfig, TrainConfig, flat, to_yaml
 from sdxl_eqx.data.assets import resolve
 from sdxl_eqx.data.sources import ImageFolder
 from sdxl_eqx.data.tokenizer import tokenize
@@ -23,16 +24,21 @@ from sdxl_eqx.loading import ModelParts
 from sdxl_eqx.models.sdxl import Encoders, cast
 from sdxl_eqx.models.unet import UNet
 from sdxl_eqx.nn.compute import Compute
+from sdxl_eqx.parallel import hosts
+from sdxl_eqx.parallel.compiler_flags import set_compiler_flags
 from sdxl_eqx.parallel.devices import choose_hardware
-from sdxl_eqx.parallel.mesh import global_batch_size, make_mesh
-from sdxl_eqx.parallel.specs import shardings
+from sdxl_eqx.parallel.mesh import batch_sharding, describe, global_batch_size, make_mesh
+from sdxl_eqx.parallel.specs import ACTIVATIONS, WEIGHTS, Layout
 from sdxl_eqx.training.checkpoint import Checkpoints, Saved
+from sdxl_eqx.training.computing import encoding_compute, unet_compute
 from sdxl_eqx.training.optimizer import learning_rate, make_optimizer
 from sdxl_eqx.training.run_folder import RunFolder, new_name
 from sdxl_eqx.training.state import TrainState, new_state
 from sdxl_eqx.training.step import StepConfig
 
 log = logging.getLogger("sdxl_eqx")
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -43,7 +49,11 @@ class Run:
     """With the run's name in it."""
     folder: RunFolder
     checkpoints: Checkpoints
-    mesh: Mesh
+    layout: Layout
+    compute: Compute
+    """Of the UNet."""
+    encoding: Compute
+    """Of VAE and text encoders."""
     batch_size: int
     total_steps: int
     source: ImageFolder
@@ -52,8 +62,8 @@ class Run:
     state: TrainState
     optimizer: optax.GradientTransformation
     rate: optax.Schedule
-    data_position: dict[str, Any] | None
-    """Of the data iterator; None at the beginning."""
+    data_positions: list[dict[str, Any]]
+    """Of each process's data iterator; empty at the beginning."""
 
     @property
     def dtype(self) -> Any:
@@ -61,23 +71,28 @@ class Run:
         return jnp.dtype(self.config.model.activations_dtype)
 
     @property
-    def compute(self) -> Compute:
-        """How the UNet is computed."""
-        model = self.config.model
-        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
-        remat = ("none" if on_cpu else "full") if model.remat_policy == "auto" else model.remat_policy
-        return Compute(remat=remat, scan_unroll=model.scan_unroll)
+    def mesh(self) -> Mesh:
+        """The devices."""
+        return self.layout.mesh
+
+    @property
+    def batch_sharding(self) -> NamedSharding:
+        """How a batch is spread as it is read."""
+        return batch_sharding(self.mesh, self.config.parallel.data_sharding, self.batch_size)
 
     @property
     def step_config(self) -> StepConfig:
         """What the step depends on."""
         optim = self.config.optim
-        return StepConfig(self.parts.vae.scaling_factor, self.dtype, self.compute, optim.ema_decay, optim.ema_every)
+        return StepConfig(
+            self.parts.vae.scaling_factor, self.dtype, self.compute, self.encoding, optim.ema_decay, optim.ema_every,
+            self.layout if self.mesh.size > 1 else None,
+        )  # fmt: skip
 
-    def saved(self, data_position: dict[str, Any]) -> Saved:
+    def saved(self, data_positions: list[dict[str, Any]]) -> Saved:
         """What stands beside the arrays of a checkpoint."""
         ema = self.config.optim.ema_decay > 0
-        return Saved(self.parts.unet.to_json(), ema, flat(self.config), data_position)
+        return Saved(self.parts.unet.to_json(), ema, flat(self.config), data_positions)
 
 
 @dataclass(frozen=True)
@@ -88,14 +103,35 @@ class Finished:
     step: int
 
 
-def prepare(config: TrainConfig) -> Run | Finished:
-    """`read_and_check`, with an explanation where the model alone does not fit the devices.
+def begin_jax(config: TrainConfig) -> None:
+    """What must come before JAX finds its devices: the compilers' flags, and the other processes of a run.
 
     Raises:
-        ValueError: for anything wrong with the input.
+        ValueError: where other processes are expected and do not come.
     """
+    set_compiler_flags(config.run.hardware)
+    hosts.start(skip=config.run.skip_jax_distributed_system, hardware=config.run.hardware)
+    if not hosts.is_first():
+        log.setLevel(logging.WARNING)  # the first process speaks for all
+
+
+def prepare(config: TrainConfig) -> Run | Finished:
+    """Read and check all input, lay the model out on the devices, and find where the run goes on.
+
+    How a run starts: a run_name without a folder starts anew, from the model folder's UNet or a random one; with
+    checkpoints it goes on from the newest one; with all steps done and the export there, it is finished.
+
+    Raises:
+        ValueError: for anything wrong with the input, before anything is compiled but what fills random weights; where
+            the model alone does not fit the devices.
+    """
+    configure_jax(config)
+    plan = _together(partial(_Plan.make, config))
+    name = hosts.agree(config.run.run_name or new_name())
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, run_name=name))
+    folder = _together(partial(RunFolder.open, config.run.root, name, is_first=hosts.is_first()))
     try:
-        return read_and_check(config)
+        return _open(config, plan, folder)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -105,73 +141,119 @@ def prepare(config: TrainConfig) -> Run | Finished:
         ) from error
 
 
-def read_and_check(config: TrainConfig) -> Run | Finished:
-    """Read and check all input, lay the model out on the devices, and find where the run goes on.
+@dataclass(frozen=True)
+class _Plan:
+    """What a run is to do, before anything of it is opened or loaded."""
 
-    How a run starts: a run_name without a folder starts anew, from the model folder's UNet or a random one; with
-    checkpoints it goes on from the newest one; with all steps done and the export there, it is finished.
+    layout: Layout
+    batch_size: int
+    total_steps: int
+    source: ImageFolder
+    parts: ModelParts
+    compute: Compute
+    encoding: Compute
 
-    Raises:
-        ValueError: for anything wrong with the input, before anything is compiled but what fills random weights.
-    """
-    configure_jax(config)
-    devices = choose_hardware(config.run.hardware)
-    mesh = make_mesh(config.parallel, devices)
-    if devices[0].platform == "cpu" and config.model.activations_dtype == "float16":
-        raise ValueError(
-            "--activations-dtype float16: XLA has no such matrix products on CPU; use float32 or bfloat16."
+    @classmethod
+    def make(cls, config: TrainConfig) -> "_Plan":
+        """Read and check the input. No process waits for another one here."""
+        devices = choose_hardware(config.run.hardware)
+        layout = Layout(make_mesh(config.parallel, devices), config.parallel.logical_axis_rules)
+        if devices[0].platform == "cpu" and config.model.activations_dtype == "float16":
+            raise ValueError(
+                "--activations-dtype float16: XLA has no such matrix products on CPU; use float32 or bfloat16."
+            )
+        for name, axes in config.parallel.logical_axis_rules:
+            if name not in WEIGHTS + ACTIVATIONS and (name, axes) not in ParallelConfig.logical_axis_rules:
+                log.info("logical_axis_rules %s: %s has no effect here: no dimension is named so", name, list(axes))
+        batch_size = global_batch_size(config.optim.per_device_batch_size, layout.mesh, layout.batch)
+        data = config.data
+        source = ImageFolder(
+            resolve(data.train_data_dir),
+            image_column=data.image_column,
+            caption_column=data.caption_column,
+            max_samples=data.max_train_samples,
         )
-    batch_size = global_batch_size(config.optim.per_device_batch_size, mesh)
-    data = config.data
-    source = ImageFolder(
-        resolve(data.train_data_dir),
-        image_column=data.image_column,
-        caption_column=data.caption_column,
-        max_samples=data.max_train_samples,
-    )
-    total_steps = config.optim.max_train_steps
-    if total_steps == -1:
-        total_steps = math.ceil(config.optim.num_train_epochs * len(source) / batch_size)
-    parts = ModelParts.read(config.model, config.diffusion_scheduler_config, token=data.hf_access_token)
-    _check_resolution(data.resolution, parts)
+        total_steps = config.optim.max_train_steps
+        if total_steps == -1:
+            total_steps = math.ceil(config.optim.num_train_epochs * len(source) / batch_size)
+        parts = ModelParts.read(config.model, config.diffusion_scheduler_config, token=data.hf_access_token)
+        _check_resolution(data.resolution, parts)
+        compute = unet_compute(config, parts.unet, layout, batch_size, side=data.resolution // parts.vae.downscale)
+        return cls(layout, batch_size, total_steps, source, parts, compute, encoding_compute(config, layout))
 
-    name = config.run.run_name or new_name()
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, run_name=name))
-    folder = RunFolder.open(config.run.root, name)
-    checkpoints = Checkpoints(folder.checkpoints, keep=config.checkpoint.checkpoints_to_keep)
+
+def _open(config: TrainConfig, plan: _Plan, folder: RunFolder) -> Run | Finished:
+    """The run in its folder: begun, resumed, or found to be finished."""
+    layout, parts = plan.layout, plan.parts
+    checkpoints = Checkpoints(
+        folder.checkpoints,
+        keep=config.checkpoint.checkpoints_to_keep,
+        broadcast_over=_replica_axis(config, layout),
+    )
     step = checkpoints.latest()
     saved = None if step is None else checkpoints.saved(step)
     if step is not None and saved is not None:
         _check_same_model(saved, parts, folder)
         _check_same_flags(saved, config)
-        if step >= total_steps and folder.finished_step == step:
+        if step >= plan.total_steps and folder.finished_step == step:
             checkpoints.close()
             folder.close()
             return Finished(folder.path, step)
 
-    cut = tokenize(parts.tokenizers[0], [example.caption for example in source.examples])[1]
+    cut = tokenize(parts.tokenizers[0], [example.caption for example in plan.source.examples])[1]
     log.info(
-        "%s: %d pictures (%d captions longer than 77 tokens are cut), batches of %d on %d %s, %d steps",
-        folder.path, len(source), cut, batch_size, mesh.size, devices[0].platform, total_steps,
+        "%s: %d pictures (%d captions longer than 77 tokens are cut), batches of %d on %s, %d steps",
+        folder.path, len(plan.source), cut, plan.batch_size, describe(layout.mesh), plan.total_steps,
     )  # fmt: skip
     unet_key, encoders_key, state_key = jr.split(jr.key(config.run.seed), 3)
-    encoders = parts.encoders(config.model, mesh, key=encoders_key)
-    rate = learning_rate(config.optim, total_steps=total_steps, batch_size=batch_size)
+    encoders = parts.encoders(config.model, layout, key=encoders_key)
+    rate = learning_rate(config.optim, total_steps=plan.total_steps, batch_size=plan.batch_size)
     optimizer = make_optimizer(config.optim, rate)
     begin = partial(new_state, optimizer=optimizer, ema=config.optim.ema_decay > 0, key=state_key)
     if step is None:
-        unet = parts.new_unet(config.model, mesh, key=unet_key)
-        layout = shardings(jax.eval_shape(begin, unet), mesh)
-        state = jax.jit(begin, out_shardings=layout, donate_argnums=0)(unet)
+        unet = parts.new_unet(config.model, layout, key=unet_key)
+        where = layout.shardings(jax.eval_shape(begin, unet))
+        state = jax.jit(begin, out_shardings=where, donate_argnums=0)(unet)
         _warn_if_frozen(state.unet, config)
     else:
-        state = checkpoints.restore(step, _state_shapes(parts, config, begin, mesh))
-        log.info("resuming %s at step %d of %d", folder.path, step, total_steps)
-    folder.config.write_text(to_yaml(config), encoding="utf-8")
+        state = checkpoints.restore(step, _state_shapes(parts, config, begin, layout))
+        log.info("resuming %s at step %d of %d", folder.path, step, plan.total_steps)
+    if hosts.is_first():
+        folder.config.write_text(to_yaml(config), encoding="utf-8")
+    # Memory differs by a few bytes from host to host, the program may not.
+    compute = dataclasses.replace(plan.compute, remat=hosts.agree(plan.compute.remat))
     return Run(
-        config, folder, checkpoints, mesh, batch_size, total_steps, source, parts, encoders, state, optimizer, rate,
-        None if saved is None else saved.data,
+        config, folder, checkpoints, layout, compute, plan.encoding, plan.batch_size, plan.total_steps,
+        plan.source, parts, encoders, state, optimizer, rate, [] if saved is None else saved.data,
     )  # fmt: skip
+
+
+def _together(make: Callable[[], T]) -> T:
+    """`make()`, or the error of any process that had one."""
+    made = error = None
+    try:
+        made = make()
+    except (ValueError, OSError) as found:
+        error = found
+    hosts.raise_together(error)
+    assert made is not None
+    return made
+
+
+def _replica_axis(config: TrainConfig, layout: Layout) -> str | None:
+    """The axis of the mesh along which a checkpoint is broadcast, if it is asked for.
+
+    Raises:
+        ValueError: where no axis holds more than one replica.
+    """
+    if not config.checkpoint.enable_single_replica_ckpt_restoring:
+        return None
+    if layout.mesh.shape["data"] == 1:
+        raise ValueError(
+            "--enable-single-replica-ckpt-restoring: there is one replica alone, since the data axis is 1; leave it "
+            "out, or set --ici-data-parallelism or --dcn-data-parallelism."
+        )
+    return "data"
 
 
 def configure_jax(config: TrainConfig) -> None:
@@ -201,7 +283,13 @@ def _check_same_model(saved: Saved, parts: ModelParts, folder: RunFolder) -> Non
         )
 
 
-BEGUN_WITH = ("seed", "weights_dtype", "new_text_encoders", "diffusion_scheduler_config.prediction_type")
+BEGUN_WITH = (
+    "seed",
+    "weights_dtype",
+    "moments_dtype",
+    "new_text_encoders",
+    "diffusion_scheduler_config.prediction_type",
+)
 """Flags that a run keeps to its end: with others, its weights would be trained on towards something else."""
 
 
@@ -228,15 +316,15 @@ def _dotted(values: dict[str, Any]) -> dict[str, Any]:
     return pairs
 
 
-def _state_shapes(parts: ModelParts, config: TrainConfig, begin: Any, mesh: Mesh) -> TrainState:
+def _state_shapes(parts: ModelParts, config: TrainConfig, begin: Any, layout: Layout) -> TrainState:
     """The shapes and layout of the state, without making one."""
 
     def make() -> TrainState:
         return begin(cast(UNet(parts.unet, key=jr.key(0)), jnp.dtype(config.model.weights_dtype)))
 
     shapes = eqx.filter_eval_shape(make)
-    layout = shardings(shapes, mesh)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout)
+    where = layout.shardings(shapes)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
 
 
 def _warn_if_frozen(unet: Any, config: TrainConfig) -> None:

@@ -12,6 +12,7 @@ from sdxl_eqx.config import SampleConfig
 from sdxl_eqx.data.sources import ImageFolder
 from sdxl_eqx.data.transforms import BadPicture, read_picture, resize_and_crop
 from sdxl_eqx.models.unet import UNet
+from sdxl_eqx.parallel.specs import put
 from sdxl_eqx.sampling.pipeline import SamplerConfig, generate
 from sdxl_eqx.training.setup import Run
 
@@ -28,9 +29,12 @@ def draw_captions(run: Run, unet: UNet, captions: Sequence[str]) -> np.ndarray:
         guidance_scale=sample.guidance_scale if sample.do_classifier_free_guidance else 1.0,
         dtype=run.dtype,
         compute=run.compute,
+        decoding=run.encoding,
+        layout=run.layout if run.mesh.size > 1 else None,
     )
-    encoders = jax.device_put(run.encoders)
-    size = min(len(captions), run.batch_size)
+    encoders = jax.tree.map(put, run.encoders, run.layout.shardings(run.encoders))
+    shares = run.layout.size(run.layout.batch)
+    size = min(-(-len(captions) // shares) * shares, run.batch_size)
     batches = []
     for at in range(0, len(captions), size):
         # The last batch is filled up, so that one program serves all.

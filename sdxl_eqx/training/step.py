@@ -1,7 +1,8 @@
 """The training step: a pure function of state, frozen parts and batch."""
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -18,7 +19,10 @@ from sdxl_eqx.models.sdxl import Conditioning, Encoders, cast
 from sdxl_eqx.models.unet import UNet
 from sdxl_eqx.models.vae import Moments
 from sdxl_eqx.nn.compute import Compute
+from sdxl_eqx.parallel.specs import Layout
 from sdxl_eqx.training.state import TrainState
+
+T = TypeVar("T")
 
 Metrics = dict[str, Scalar]
 
@@ -32,22 +36,29 @@ class StepConfig:
     dtype: Any
     """Of the computation."""
     compute: Compute
+    """Of the UNet."""
+    encoding: Compute
+    """Of VAE and text encoders."""
     ema_decay: float
     ema_every: int
+    layout: Layout | None = None
+    """Where arrays lie, on more than one device."""
 
 
 def encode(
     frozen: Encoders | None, batch: Batch | LatentBatch, *, config: StepConfig, key: PRNGKeyArray
 ) -> tuple[Float[Array, "b h w c"], Conditioning]:
     """(scaled latents in float32, conditioning) of a batch; what is encoded already needs no encoders."""
+    batch = _placed(batch, config)
     if isinstance(batch, LatentBatch):
         moments = Moments(jnp.asarray(batch.mean), jnp.asarray(batch.logvar))
         context, pooled = jnp.asarray(batch.context), jnp.asarray(batch.pooled)
     elif frozen is not None:
         pixels = jnp.asarray(batch.pixels).astype(jnp.float32) / 127.5 - 1
-        moments = frozen.vae.encode(pixels, compute=config.compute)
+        vae = frozen.vae if config.encoding.gather is None else config.encoding.gather(frozen.vae)
+        moments = vae.encode(pixels, compute=dataclasses.replace(config.encoding, gather=None))
         context, pooled = frozen.encode_text(
-            jnp.asarray(batch.input_ids), jnp.asarray(batch.input_ids_2), compute=config.compute
+            jnp.asarray(batch.input_ids), jnp.asarray(batch.input_ids_2), compute=config.encoding
         )
     else:
         raise ValueError("a batch of pictures needs encoders; give them as frozen, or train on cached latents.")
@@ -69,7 +80,7 @@ def train_step(
     encode_key, draw_key = jr.split(jr.fold_in(state.key, state.step))
     x0, cond = encode(frozen, batch, config=config, key=encode_key)
     b, h, w, c = x0.shape
-    eps, t = draw(schedule, (b, h, w, c), key=draw_key)
+    eps, t = _placed(draw(schedule, (b, h, w, c), key=draw_key), config)
 
     def loss_fn(unet: UNet) -> Scalar:
         # One cast of the whole UNet, so that what FSDP gathers is the activation dtype.
@@ -85,6 +96,11 @@ def train_step(
     ema = None if state.ema is None else _average(state.ema, unet, step, config)
     metrics = {"learning/loss": loss, "learning/grad_norm": optax.tree.norm(grads)}
     return TrainState(step, state.key, unet, opt_state, ema), metrics
+
+
+def _placed(tree: T, config: StepConfig) -> T:
+    """A batch, or draws for it, on the devices that compute it."""
+    return tree if config.layout is None else config.layout.enter(tree)
 
 
 def _average(ema: UNet, unet: UNet, step: Array, config: StepConfig) -> UNet:

@@ -24,8 +24,8 @@ class Saved:
     ema: bool
     config: dict[str, Any]
     """The run's config, flat."""
-    data: dict[str, Any]
-    """Position of the data iterator."""
+    data: list[dict[str, Any]]
+    """Position of the data iterator of each process."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,12 +50,14 @@ def encode_captions(ids, ids_2):
     return (ids[:, :, None] + np.arange(2)).astype(np.float16), ids_2[:, :5].astype(np.float32)
 
 
-def write(source, folder, tokenizers, *, config=CONFIG, seed=0, bad=None, key=None, **options):
+def write(source, folder, tokenizers, *, config=CONFIG, seed=0, bad=None, key=None, **options) -> Any:
+    """Write a cache; what is there afterwards, if anything."""
     encoders = {"encode_pictures": encode_pictures, "encode_captions": encode_captions}
-    return write_cache(
+    key = key or cache_key(source, "model", config, seed)
+    write_cache(
         source,
         folder,
-        key=key or cache_key(source, "model", config, seed),
+        key=key,
         tokenizers=tokenizers,
         config=config,
         seed=seed,
@@ -62,6 +65,7 @@ def write(source, folder, tokenizers, *, config=CONFIG, seed=0, bad=None, key=No
         bad=bad or BadItems(len(source), 0.0),
         **{**encoders, **options},
     )
+    return open_cache(folder, key)
 
 
 def test_a_cache_gives_back_bit_for_bit_what_the_encoders_made(source, tmp_path, tokenizers):
@@ -82,16 +86,16 @@ def test_a_cache_gives_back_bit_for_bit_what_the_encoders_made(source, tmp_path,
     np.testing.assert_array_equal(cached.empty["pooled"], empty_ids_2[:5])
 
 
-def test_an_opened_cache_equals_the_written_one_also_under_threads(source, tmp_path, tokenizers):
+def test_a_cache_that_is_opened_again_reads_the_same_also_under_threads(source, tmp_path, tokenizers):
     key = cache_key(source, "model", CONFIG, 0)
     assert open_cache(tmp_path, key) is None
-    written = write(source, tmp_path, tokenizers)
+    one = write(source, tmp_path, tokenizers)
     opened = open_cache(tmp_path, key)
     assert opened is not None and len(opened) == 10
     with ThreadPoolExecutor(8) as pool:
         read = list(pool.map(opened.__getitem__, [i % 10 for i in range(200)]))
     for i, item in enumerate(read):
-        for name, array in written[i % 10].items():
+        for name, array in one[i % 10].items():
             np.testing.assert_array_equal(item[name], array)
 
 
@@ -175,6 +179,13 @@ def test_an_interrupted_write_leaves_nothing_that_is_opened(source, tmp_path, to
         write(source, folder, tokenizers, encode_pictures=interrupted)
     assert list(folder.iterdir()) == []
     assert open_cache(folder, cache_key(source, "model", CONFIG, 0)) is None
+
+
+def test_a_process_that_does_not_write_encodes_all_the_same_and_leaves_nothing(source, tmp_path, tokenizers):
+    told = []
+    assert write(source, tmp_path / "cache", tokenizers, is_writer=False, progress=told.append) is None
+    assert told == [4, 8, 10]
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_a_damaged_cache_or_one_of_another_key_is_an_error(source, tmp_path, tokenizers):

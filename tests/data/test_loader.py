@@ -10,7 +10,7 @@ import pytest
 from sdxl_eqx.config import DataConfig
 from sdxl_eqx.data.assets import resolve
 from sdxl_eqx.data.batch import Batch, LatentBatch
-from sdxl_eqx.data.loader import BadItems, make_stream, picture_reader, to_batch
+from sdxl_eqx.data.loader import BadItems, make_stream, picture_reader, position_after, to_batch
 from sdxl_eqx.data.sources import ImageFolder
 from sdxl_eqx.data.tokenizer import bundled_tokenizers
 from sdxl_eqx.data.transforms import BadPicture
@@ -74,15 +74,35 @@ def test_without_shuffling_the_order_is_the_source_s():
 
 
 @pytest.mark.parametrize("length", [24, 22])
-def test_four_processes_share_what_one_process_sees(length):
-    """The same samples with the same draws, disjoint in each epoch, step by step; also where 4 does not divide."""
+@pytest.mark.parametrize(
+    "rows", [[[0], [1], [2], [3]], [[0, 1], [2, 3]], [[0, 2], [1, 3]], [[0], [1, 2, 3]], [[0, 1, 2, 3]]]
+)
+def test_processes_share_what_one_process_sees(length, rows):
+    """The same samples with the same draws in the same places, step by step; also where no batch ends an epoch."""
     source = range(length)
-    alone = take(stream(source, batch_size=4), 11)
-    shares = [take(stream(source, batch_size=1, process_index=i, process_count=4), 11) for i in range(4)]
+    alone = take(stream(source), 11)
+    shares = [take(stream(source, rows=own), 11) for own in rows]
+    order = np.argsort(np.concatenate(rows))
     for step, batch in enumerate(alone):
         for name in batch:
-            np.testing.assert_array_equal(batch[name], np.concatenate([share[step][name] for share in shares]))
+            together = np.concatenate([share[step][name] for share in shares])[order]
+            np.testing.assert_array_equal(batch[name], together)
     assert sorted(items(alone)[:length]) == list(source)
+
+
+def test_processes_that_feed_the_same_rows_read_the_same():
+    assert_equal(take(stream(rows=[0, 1]), 7), take(stream(rows=[0, 1], num_threads=0), 7))
+
+
+def test_a_share_goes_on_where_any_number_of_processes_stopped():
+    """Without bad items, a position is that of the whole sequence."""
+    rows = [1, 3]
+    alone, share = stream(), stream(rows=rows)
+    take(alone, 5)
+    share.set_state(position_after(5, len(rows)))
+    for batch, own in zip(take(alone, 4), take(share, 4), strict=True):
+        for name in batch:
+            np.testing.assert_array_equal(batch[name][rows], own[name])
 
 
 @pytest.mark.parametrize("steps", [0, 1, 4, 6, 8])
@@ -163,7 +183,7 @@ def test_a_process_whose_whole_share_is_bad_ends_rather_than_waits():
         return read(item, rng)
 
     with pytest.raises(ValueError, match="4 of 8 pictures cannot be read"):
-        next(stream(range(8), read_even, shuffle=False, process_index=1, process_count=2))
+        next(stream(range(8), read_even, shuffle=False, rows=[1, 3]))
 
 
 def test_another_error_than_a_bad_picture_is_not_skipped():

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import pytest
 from attention_cases import assert_close, inputs, run
 
+from sdxl_eqx.config import FlashBlockSizes
 from sdxl_eqx.kernels import splash, triton
 from sdxl_eqx.kernels.attention import dot_product
-from sdxl_eqx.kernels.blocks import FlashBlockSizes
 from sdxl_eqx.kernels.flash import Flash
 
 SMALL_TPU = FlashBlockSizes(block_q=128, block_kv=128)

@@ -2,21 +2,23 @@
 
 import re
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import pytest
+from attention_cases import assert_close, inputs, run
 
-from sdxl_eqx.kernels import choose as module
+from sdxl_eqx.config import FlashBlockSizes
 from sdxl_eqx.kernels.attention import dot_product
-from sdxl_eqx.kernels.blocks import FlashBlockSizes
-from sdxl_eqx.kernels.choose import FromLength, choose
+from sdxl_eqx.kernels.choose import Folded, FromLength, choose
 from sdxl_eqx.kernels.cudnn import cudnn
 from sdxl_eqx.kernels.flash import Flash
 from sdxl_eqx.kernels.sharded import Sharded
 from sdxl_eqx.nn.compute import Compute
 
-MESH = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+SHARE = partial(Sharded, mesh=jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2))
+SPLASH = Flash("splash")
 
 
 @pytest.mark.parametrize(
@@ -26,11 +28,26 @@ MESH = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(jax.sharding.AxisType
         ("gpu", {}, cudnn, "cudnn, published as some 5 times as fast as unfused"),
         ("gpu", {"dtype": "float32"}, dot_product, r"dot_product by XLA \(attention cudnn: takes bfloat16 and float16"),
         ("gpu", {"head_width": 512}, dot_product, "of a multiple of 8 up to 256 wide, not 512"),
-        ("gpu", {"mesh": MESH}, Sharded(cudnn, MESH), "cudnn"),
-        ("tpu", {}, FromLength(Flash("splash"), 2048), "flash .JAX's splash kernel.*; dot_product below 2048 queries"),
-        ("tpu", {"mesh": MESH}, FromLength(Sharded(Flash("splash"), MESH), 2048), "dot_product below 2048 queries"),
+        ("gpu", {"share": SHARE}, SHARE(cudnn), "cudnn"),
+        (
+            "tpu",
+            {},
+            FromLength(SPLASH, dot_product, 2048),
+            "flash .JAX's splash kernel.*; dot_product below 2048 queries",
+        ),
+        (
+            "tpu",
+            {"share": SHARE},
+            FromLength(SHARE(SPLASH), SHARE(dot_product), 2048),
+            "dot_product below 2048 queries",
+        ),
         ("tpu", {"dtype": "float16"}, dot_product, "dot_product by XLA .attention flash: on a TPU takes bfloat16"),
-        ("tpu", {"min_seq_length": 4096}, FromLength(Flash("splash"), 4096), "dot_product below 4096 queries or keys"),
+        (
+            "tpu",
+            {"min_seq_length": 4096},
+            FromLength(SPLASH, dot_product, 4096),
+            "; dot_product below 4096 queries or keys",
+        ),
         ("rocm", {}, dot_product, "for a rocm has no kernel"),
     ],
 )
@@ -45,8 +62,9 @@ def test_auto_takes_the_best_of_the_backend_and_says_why(backend, options, atten
     ("name", "backend", "options", "attend", "says"),
     [
         ("dot_product", "tpu", {}, dot_product, "attention dot_product: by XLA."),
-        ("dot_product", "tpu", {"mesh": MESH, "min_seq_length": 9}, dot_product, "attention dot_product: by XLA."),
-        ("flash", "tpu", {}, Flash("splash"), "attention flash: JAX's splash kernel."),
+        ("dot_product", "tpu", {"share": SHARE}, SHARE(dot_product), "attention dot_product: by XLA."),
+        ("dot_product", "tpu", {"min_seq_length": 9}, dot_product, "attention dot_product: by XLA."),
+        ("flash", "tpu", {}, SPLASH, "attention flash: JAX's splash kernel."),
         ("flash", "gpu", {"dtype": "float32"}, Flash("triton"), "attention flash: JAX's Triton kernel."),
         (
             "flash",
@@ -59,11 +77,19 @@ def test_auto_takes_the_best_of_the_backend_and_says_why(backend, options, atten
             "flash",
             "tpu",
             {"mask_padding": False, "min_seq_length": 4096, "block_sizes": FlashBlockSizes(block_q=512)},
-            FromLength(Flash("splash", FlashBlockSizes(block_q=512), mask_padding=False), 4096),
+            FromLength(Flash("splash", FlashBlockSizes(block_q=512), mask_padding=False), dot_product, 4096),
             "attention flash: JAX's splash kernel; dot_product below 4096 queries or keys; zeros that pad the keys are "
             "attended to.",
         ),
-        ("cudnn", "gpu", {"mesh": MESH}, Sharded(cudnn, MESH), "attention cudnn: through JAX."),
+        ("cudnn", "gpu", {"share": SHARE}, SHARE(cudnn), "attention cudnn: through JAX."),
+        ("cudnn", "gpu", {"share": SHARE, "split_heads": False}, SHARE(Folded(cudnn)), "attention cudnn: through JAX."),
+        (
+            "flash",
+            "tpu",
+            {"min_seq_length": 4096, "split_heads": False},
+            FromLength(Folded(SPLASH), Folded(dot_product), 4096),
+            "attention flash: JAX's splash kernel; dot_product below 4096 queries or keys.",
+        ),
     ],
 )
 def test_one_asked_for_by_name_serves(name, backend, options, attend, says):
@@ -101,16 +127,31 @@ def test_a_choice_is_static_so_the_same_choice_compiles_once():
         return compute.attend(x, x, x)
 
     for _ in range(2):
-        attend, _ = choose("flash", "cpu", dtype="float32", mesh=MESH, min_seq_length=64)
+        attend, _ = choose("flash", "cpu", dtype="float32", share=SHARE, min_seq_length=64)
         f(jnp.ones((8, 16, 2, 8)), Compute(attend))
     assert len(traced) == 1
 
 
-def test_the_length_from_which_flash_serves_counts_queries_and_keys(monkeypatch):
+def test_the_length_from_which_flash_serves_counts_queries_and_keys():
     def fake(query, key, value, *, causal=False):
         return jnp.zeros_like(query)
 
-    monkeypatch.setattr(module, "dot_product", lambda query, key, value, *, causal=False: jnp.ones_like(query))
+    def below(query, key, value, *, causal=False):
+        return jnp.ones_like(query)
+
     x, y = jnp.ones((1, 8, 1, 8)), jnp.ones((1, 4, 1, 8))
-    attend = FromLength(fake, 8)
+    attend = FromLength(fake, below, 8)
     assert [float(attend(q, k, k).max()) for q, k in ((x, x), (x, y), (y, x))] == [0, 1, 1]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_heads_folded_into_the_batch_are_the_same_heads(causal):
+    shapes = []
+
+    def seen(query, key, value, *, causal=False):
+        shapes.append((query.shape, key.shape, value.shape))
+        return dot_product(query, key, value, causal=causal)
+
+    arrays = inputs(2, 6, 6 if causal else 5, 3, 8)
+    assert_close(run(Folded(seen), arrays, causal=causal), run(dot_product, arrays, causal=causal), 1e-6)
+    assert shapes[0] == ((6, 6, 1, 8), (6, arrays[1].shape[1], 1, 8), (6, arrays[1].shape[1], 1, 8))

@@ -1,12 +1,10 @@
 """The kernels compile for an H100, by JAX's CUDA plugin on any host; `pytest -rP` shows the memory of each."""
 
-import importlib.util
-
 import jax
 import numpy as np
 import pytest
 from attention_cases import SDXL, both, shapes
-from jax.experimental import topologies
+from compilers import HAS_CUDA, compile_for
 from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
@@ -16,39 +14,12 @@ from sdxl_eqx.kernels.flash import Flash
 from sdxl_eqx.kernels.residuals import keep_attention
 from sdxl_eqx.kernels.sharded import Sharded
 
-HAS_PLUGIN = importlib.util.find_spec("jax_plugins") and importlib.util.find_spec("jax_plugins.xla_cuda13")
-pytestmark = pytest.mark.skipif(not HAS_PLUGIN, reason="JAX's CUDA plugin is not installed")
-
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
-  clock_rate_ghz: 1.98 device_memory_size: 84978434048 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 minor: 0 } registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
-
-
-@pytest.fixture(scope="module")
-def h100s():
-    """So many H100s that are not here."""
-    jax.devices()  # finds the plugin
-
-    def of(count: int):
-        return topologies.get_topology_desc(
-            "h100", platform="cuda", topology=f"1x{count}x1", target_config=H100
-        ).devices
-
-    return of
+pytestmark = pytest.mark.skipif(not HAS_CUDA, reason="JAX's CUDA plugin is not installed")
 
 
 def compile_for_h100(attend, arrays):
     """Both passes, compiled."""
-    return jax.jit(both(attend)).trace(*arrays).lower(lowering_platforms=("cuda",)).compile()
+    return compile_for("cuda", both(attend), arrays)
 
 
 @pytest.mark.parametrize("shape", [*SDXL, (1, 3952, 3952, 10, 64)], ids=str)

@@ -58,6 +58,27 @@ def test_sharded_equals_unsharded_and_the_result_lies_as_the_queries_do(axes, s)
     assert_close((y, dq, dk, dv), whole(*shape), 1e-5)
 
 
+@pytest.mark.parametrize("s", [16, 77], ids=["self", "text 77"])
+@pytest.mark.parametrize("axes", [{"context": 4}, {"data": 2, "context": 2, "tensor": 2}], ids=str)
+def test_where_it_is_not_uniform_self_attention_is_shared_by_heads_and_that_to_the_text_by_queries(axes, s):
+    shape = (8, 16, s, 4, 8)
+    devices = mesh(**axes)
+    by = P("data" if "data" in axes else None, None, ("tensor", "context") if "tensor" in axes else "context")
+    if s == 77:
+        by = P(by[0], "context", "tensor" if "tensor" in axes else None)
+    found = run(Sharded(dot_product, devices, uniform=False), inputs(*shape))
+    assert found[0].sharding.is_equivalent_to(NamedSharding(devices, by), 4)
+    assert_close(found, whole(*shape), 1e-5)
+
+
+def test_several_axes_may_share_a_dimension():
+    devices = mesh(fsdp=2, context=2, tensor=2)
+    attend = Sharded(dot_product, devices, batch=("fsdp",), heads=(), length=("context", "tensor"))
+    found = run(attend, inputs(8, 16, 16, 4, 8))
+    assert found[0].sharding.is_equivalent_to(NamedSharding(devices, P("fsdp", ("context", "tensor"))), 4)
+    assert_close(found, whole(8, 16, 16, 4, 8), 1e-5)
+
+
 @pytest.mark.parametrize("kernel", ["splash", "triton"])
 @pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 4}, {"context": 2, "tensor": 2}], ids=str)
 def test_a_flash_kernel_runs_sharded_text_and_all(axes, kernel):
@@ -92,12 +113,25 @@ def test_it_takes_the_mesh_of_the_package():
 
 
 @pytest.mark.parametrize(
-    ("axes", "b", "n", "says"),
+    ("axes", "options", "b", "n", "says"),
     [
-        ({"data": 2, "fsdp": 4}, 4, 2, r"a batch of 4 does not divide over 8 devices \(data x fsdp\)"),
-        ({"data": 2, "tensor": 4}, 2, 10, "10 heads do not divide over 4 devices; set --ici-tensor-parallelism"),
+        ({"data": 2, "fsdp": 4}, {}, 4, 2, r"a batch of 4 does not divide over 8 devices \(data x fsdp\)"),
+        (
+            {"data": 2, "tensor": 4},
+            {},
+            2,
+            10,
+            r"10 heads do not divide over 4 devices \(tensor\); set --ici-tensor-parallelism and --dcn-tensor-par",
+        ),
+        (
+            {"context": 2, "tensor": 2},
+            {"uniform": False},
+            2,
+            2,
+            r"2 heads do not divide over 4 devices \(tensor x context\).*leave out --no-attention-sharding-uniform\.",
+        ),
     ],
 )
-def test_what_the_mesh_does_not_divide_is_refused(axes, b, n, says):
+def test_what_the_mesh_does_not_divide_is_refused(axes, options, b, n, says):
     with pytest.raises(ValueError, match=says):
-        Sharded(dot_product, mesh(**axes))(*inputs(b, 16, 16, n, 8)[:3])
+        Sharded(dot_product, mesh(**axes), **options)(*inputs(b, 16, 16, n, 8)[:3])

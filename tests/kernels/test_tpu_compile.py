@@ -1,6 +1,5 @@
 """The kernels compile for real TPUs, by libtpu on any host; `pytest -rP` shows the memory that each would take."""
 
-import importlib.util
 import re
 
 import jax
@@ -8,40 +7,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_cases import SDXL, both, shapes
-from jax.experimental import topologies
+from compilers import HAS_LIBTPU, compile_for
 from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+from sdxl_eqx.config import FlashBlockSizes
 from sdxl_eqx.kernels.attention import dot_product
-from sdxl_eqx.kernels.blocks import FlashBlockSizes
 from sdxl_eqx.kernels.flash import Flash
 from sdxl_eqx.kernels.residuals import keep_attention
 from sdxl_eqx.kernels.sharded import Sharded
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+pytestmark = pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu is not installed")
 
 TOPOLOGIES = ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"]
 
 
-@pytest.fixture(scope="module")
-def tpus():
-    """The devices of a topology that is not here, asked for once."""
-    known = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TPU_SKIP_MDS_QUERY", "1")
-        patch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-
-        def of(name: str):
-            if name not in known:
-                known[name] = topologies.get_topology_desc(name, platform="tpu").devices
-            return known[name]
-
-        yield of
-
-
 def compile_for_tpu(attend, arrays, **options):
     """Both passes, compiled."""
-    return jax.jit(both(attend, **options)).trace(*arrays).lower(lowering_platforms=("tpu",)).compile()
+    return compile_for("tpu", both(attend, **options), arrays)
 
 
 def temporaries(attend, shape, device) -> float:

@@ -37,7 +37,7 @@ def plain() -> tuple[float, list[np.ndarray]]:
     return run(Compute())
 
 
-@pytest.mark.parametrize("remat, scan_unroll", [("dots", 2), ("full", 1)])
+@pytest.mark.parametrize("remat, scan_unroll", [("dots", 2), ("full", 1), ("attention", 1), ("offload", 1)])
 def test_remat_and_unrolling_change_neither_loss_nor_gradient(
     remat: Any, scan_unroll: int, plain: tuple[float, list[np.ndarray]]
 ):
@@ -47,7 +47,7 @@ def test_remat_and_unrolling_change_neither_loss_nor_gradient(
         assert np.linalg.norm(ours - wanted) <= 1e-6 * max(1.0, float(np.linalg.norm(wanted)))
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", ["none", "dots", "attention", "full", "offload"])
 def test_every_model_has_a_gradient_under_every_remat(remat: Any):
     compute = Compute(remat=remat)
 

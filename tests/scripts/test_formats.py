@@ -29,6 +29,7 @@ from sdxl_eqx.flags import merge
 from sdxl_eqx.loading import ModelParts
 from sdxl_eqx.models.controlnet import ControlNet, ControlNetConfig
 from sdxl_eqx.parallel.mesh import make_mesh
+from sdxl_eqx.parallel.specs import Layout
 from sdxl_eqx.training.checkpoint import Checkpoints, Saved
 from sdxl_eqx.training.optimizer import make_optimizer
 from sdxl_eqx.training.state import TrainState, new_state
@@ -411,9 +412,9 @@ def leaves(tree: Any) -> list[bytes]:
 def loaded(model: Path) -> list[bytes]:
     """Every array that training begins with from the folder."""
     config = ModelConfig(pretrained_model_name_or_path=str(model))
-    mesh = make_mesh(ParallelConfig(), jax.devices()[:1])
+    layout = Layout(make_mesh(ParallelConfig(), jax.devices()[:1]))
     parts = parts_of(model)
-    return leaves((parts.new_unet(config, mesh, key=jr.key(0)), parts.encoders(config, mesh, key=jr.key(0))))
+    return leaves((parts.new_unet(config, layout, key=jr.key(0)), parts.encoders(config, layout, key=jr.key(0))))
 
 
 @pytest.mark.parametrize("to", list(NAMES))
@@ -426,9 +427,9 @@ def test_training_begins_from_any_format_with_the_same_weights_on_any_mesh(
     ids = parts.tokenize(["a cat!", ""])
     assert all(np.array_equal(a, b) for a, b in zip(ids, parts_of(model).tokenize(["a cat!", ""]), strict=True))
     config = ModelConfig(pretrained_model_name_or_path=str(name))
-    mesh = make_mesh(ParallelConfig(ici_fsdp_parallelism=4), jax.devices())
-    unet = parts.new_unet(config, mesh, key=jr.key(0))
-    assert leaves((unet, parts.encoders(config, mesh, key=jr.key(0)))) == loaded
+    layout = Layout(make_mesh(ParallelConfig(ici_fsdp_parallelism=4), jax.devices()))
+    unet = parts.new_unet(config, layout, key=jr.key(0))
+    assert leaves((unet, parts.encoders(config, layout, key=jr.key(0)))) == loaded
     assert {x.sharding.mesh.size for x in jax.tree.leaves(unet)} == {8}
 
 
@@ -436,8 +437,9 @@ def test_training_begins_from_another_unet(model: Path, tmp_path: Path):
     save_file(another_unet(model), tmp_path / "other.safetensors")
     config = ModelConfig(pretrained_model_name_or_path=str(model), unet_checkpoint=str(tmp_path / "other.safetensors"))
     parts = ModelParts.read(config, DiffusionSchedulerConfig(), token="")
-    mesh = make_mesh(ParallelConfig(), jax.devices()[:1])
-    ours = {k: t.read() for k, t in file_tensors(parts.new_unet(config, mesh, key=jr.key(0)), dtype=np.float32).items()}
+    layout = Layout(make_mesh(ParallelConfig(), jax.devices()[:1]))
+    unet = parts.new_unet(config, layout, key=jr.key(0))
+    ours = {k: t.read() for k, t in file_tensors(unet, dtype=np.float32).items()}
     for key, x in another_unet(model).items():
         np.testing.assert_array_equal(ours[key], x.astype(np.float32))
 
@@ -456,9 +458,9 @@ def test_a_nan_in_a_model_that_training_loads_is_named(model: Path, tmp_path: Pa
     tensors = load_file(model / "unet" / "diffusion_pytorch_model.safetensors")
     tensors["conv_in.bias"][0] = np.nan
     bad = changed(model, tmp_path / "bad", "unet", tensors)
-    mesh = make_mesh(ParallelConfig(), jax.devices()[:1])
+    layout = Layout(make_mesh(ParallelConfig(), jax.devices()[:1]))
     with pytest.raises(ValueError, match=r"\(unet\): conv_in\.bias: holds NaN"):
-        parts_of(bad).new_unet(ModelConfig(pretrained_model_name_or_path=str(bad)), mesh, key=jr.key(0))
+        parts_of(bad).new_unet(ModelConfig(pretrained_model_name_or_path=str(bad)), layout, key=jr.key(0))
 
 
 def test_a_single_file_without_a_vae_takes_the_one_that_is_put_in(model: Path, tmp_path: Path):
@@ -558,7 +560,7 @@ def run(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tr
     state = new_state(unet, optimizer=optimizer, ema=True, key=jr.key(0))
     folder = tmp_path_factory.mktemp("runs") / "run"
     checkpoints = Checkpoints(folder / "checkpoints", keep=2)
-    saved = Saved(UNET.to_json(), True, flat(config), {})
+    saved = Saved(UNET.to_json(), True, flat(config), [])
     checkpoints.save(1, state, saved)
     state = eqx.tree_at(lambda s: s.ema, state, jax.tree.map(lambda x: x * 2, unet))
     checkpoints.save(2, state, saved)
@@ -596,8 +598,8 @@ def test_a_run_gives_its_average_or_its_weights_with_the_parts_it_began_from(
 
 def parts_unet(model: Path, unet_checkpoint: Path) -> Any:
     config = ModelConfig(pretrained_model_name_or_path=str(model), unet_checkpoint=str(unet_checkpoint))
-    mesh = make_mesh(ParallelConfig(), jax.devices()[:1])
-    return ModelParts.read(config, DiffusionSchedulerConfig(), token="").new_unet(config, mesh, key=jr.key(0))
+    layout = Layout(make_mesh(ParallelConfig(), jax.devices()[:1]))
+    return ModelParts.read(config, DiffusionSchedulerConfig(), token="").new_unet(config, layout, key=jr.key(0))
 
 
 def test_a_run_whose_model_has_no_encoders_takes_them_from_its_export(

@@ -4,43 +4,45 @@ import json
 import logging
 import shutil
 from functools import partial
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import pytest
+from orbax.checkpoint._src.multihost import multislice
 from tiny_step import OPTIM, QUICK, UNET, assert_equal, begin, optimizer, random_model, words
 
 from sdxl_eqx.config import ParallelConfig
 from sdxl_eqx.models.unet import UNet
 from sdxl_eqx.parallel import specs
 from sdxl_eqx.parallel.mesh import make_mesh
-from sdxl_eqx.parallel.specs import shardings
+from sdxl_eqx.parallel.specs import Layout
 from sdxl_eqx.training.checkpoint import Checkpoints, NotSaved, Saved, load_unet
 from sdxl_eqx.training.state import new_state
 
 # When a restore fails, Orbax leaves reads that it never began, which complain when they are collected.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
-SAVED = Saved(UNET.to_json(), True, {"run_name": "x", "learning_rate": 1e-3}, {"next_index": 12})
+SAVED = Saved(UNET.to_json(), True, {"run_name": "x", "learning_rate": 1e-3}, [{"next_index": 12}])
 
 
-def mesh(n: int):
-    """A mesh of the first n devices, with fsdp where there are several."""
-    return make_mesh(ParallelConfig(ici_fsdp_parallelism=min(n, 4)), jax.devices()[:n])
+def layout(n: int) -> Layout:
+    """A layout on the first n devices, with fsdp where there are several."""
+    return Layout(make_mesh(ParallelConfig(ici_fsdp_parallelism=min(n, 4)), jax.devices()[:n]))
 
 
 def laid_out(state, n: int):
     """The state over n devices."""
-    return jax.device_put(state, shardings(state, mesh(n)))
+    return jax.device_put(state, layout(n).shardings(state))
 
 
 def shapes(state, n: int = 1):
     """What a state is to be restored as, on n devices."""
     abstract = jax.eval_shape(lambda: state)
-    layout = shardings(abstract, mesh(n))
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, layout)
+    where = layout(n).shardings(abstract)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, where)
 
 
 @pytest.fixture
@@ -92,6 +94,26 @@ def test_what_8_devices_saved_fewer_restore(n, state, checkpoints, monkeypatch):
     assert_equal(restored, state)
     for x, y in zip(jax.tree.leaves(restored), jax.tree.leaves(like), strict=True):
         assert len(x.devices()) == n
+        assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+
+
+def test_one_replica_reads_for_all(state, checkpoints, monkeypatch):
+    monkeypatch.setattr(specs, "SMALL", 64)
+    checkpoints.save(6, laid_out(state, 8), SAVED)
+    checkpoints.wait()
+    checkpoints.broadcast_over = "data"
+    sent, send = [], multislice.broadcast_one_replica_to_all
+
+    def counted(*args: Any, **options: Any) -> Any:
+        sent.append(args)
+        return send(*args, **options)
+
+    monkeypatch.setattr(multislice, "broadcast_one_replica_to_all", counted)
+    like = shapes(state, 8)
+    restored = checkpoints.restore(6, like)
+    assert_equal(restored, state)
+    assert sent
+    for x, y in zip(jax.tree.leaves(restored), jax.tree.leaves(like), strict=True):
         assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
 
 

@@ -116,7 +116,8 @@ def begin(unet: UNet, config: OptimConfig = OPTIM) -> TrainState:
 
 def step_config(dtype: Any = jnp.float32, ema_every: int = 2) -> StepConfig:
     """What the step depends on."""
-    return StepConfig(VAE_CONFIG.scaling_factor, jnp.dtype(dtype), Compute(), OPTIM.ema_decay, ema_every)
+    compute = Compute()
+    return StepConfig(VAE_CONFIG.scaling_factor, jnp.dtype(dtype), compute, compute, OPTIM.ema_decay, ema_every)
 
 
 def function(config: StepConfig | None = None, optim: OptimConfig = OPTIM) -> Any:

@@ -196,11 +196,12 @@ import jax.random as jr
 from sdxl_eqx.config import DiffusionSchedulerConfig, ModelConfig, ParallelConfig
 from sdxl_eqx.loading import ModelParts
 from sdxl_eqx.parallel.mesh import make_mesh
-mesh = make_mesh(ParallelConfig(ici_fsdp_parallelism=8), jax.devices())
+from sdxl_eqx.parallel.specs import Layout
+layout = Layout(make_mesh(ParallelConfig(ici_fsdp_parallelism=8), jax.devices()))
 """
 LOAD = """
 config = ModelConfig(pretrained_model_name_or_path=sys.argv[1], weights_dtype="bfloat16")
-unet = ModelParts.read(config, DiffusionSchedulerConfig(), token="").new_unet(config, mesh, key=jr.key(0))
+unet = ModelParts.read(config, DiffusionSchedulerConfig(), token="").new_unet(config, layout, key=jr.key(0))
 jax.block_until_ready(unet)
 print(sum(shard.data.nbytes for x in jax.tree.leaves(unet) for shard in x.addressable_shards))
 """

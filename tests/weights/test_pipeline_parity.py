@@ -23,6 +23,7 @@ from sdxl_eqx.models.sdxl import SDXL, Encoders
 from sdxl_eqx.models.unet import UNet
 from sdxl_eqx.models.vae import VAE
 from sdxl_eqx.parallel.mesh import make_mesh
+from sdxl_eqx.parallel.specs import Layout
 from sdxl_eqx.sampling import pipeline as ours
 from sdxl_eqx.weights.folder import write_folder
 from sdxl_eqx.weights.read import clip_key, weight_files
@@ -121,18 +122,22 @@ def test_latents_and_pictures_are_those_of_their_pipeline(
     def tokens(prompts: Any) -> tuple[np.ndarray, np.ndarray]:
         return tokenize(tokenizers[0], prompts)[0], tokenize(tokenizers[1], prompts)[0]
 
-    cond, uncond = (ours.condition(model.encoders, tokens, prompts, SIZE) for prompts in (PROMPTS, NEGATIVES))
-    latents = ours.denoise(model.unet, noise, cond, uncond, config=tiny.sampler_config(8, guidance_scale))
+    config = tiny.sampler_config(8, guidance_scale)
+    cond, uncond = (ours.condition(model.encoders, tokens, prompts, SIZE, config) for prompts in (PROMPTS, NEGATIVES))
+    latents = ours.denoise(model.unet, noise, cond, uncond, config=config)
     tiny.assert_close(latents, wanted, 1e-3)
     picture = np.clip(pixels * 127.5 + 127.5, 0, 255)
-    assert np.abs(np.asarray(ours.decode(model.encoders.vae, latents)) - picture).max() <= 2
+    decoded, finite = ours.decode(model.encoders.vae, latents, config=config)
+    assert finite and np.abs(np.asarray(decoded, np.float32) - picture).max() <= 2
 
 
 def test_an_empty_negative_prompt_is_encoded_and_theirs_is_too(model: SDXL, tokenizers: Tokenizers, pipe: Any):
     with theirs.torch.no_grad(), theirs.their_warnings_are_theirs():
         _, negative, _, pooled = pipe.encode_prompt("a cat", negative_prompt="", do_classifier_free_guidance=True)
     ids = (tokenize(tokenizer, [""])[0] for tokenizer in tokenizers)
-    own, own_pooled = ours.encode_text(model.encoders, *(jnp.asarray(i) for i in ids))
+    own, own_pooled = ours.encode_text(
+        model.encoders, *(jnp.asarray(i) for i in ids), config=tiny.sampler_config(8, 1.0)
+    )
     tiny.assert_close(own, negative.numpy(), 1e-4)
     tiny.assert_close(own_pooled, pooled.numpy(), 1e-4)
 
@@ -150,9 +155,9 @@ def test_what_their_pipeline_saves_is_read_and_written_again_bit_for_bit(dtype: 
     assert parts.schedule == ScheduleConfig()
     for found, wanted in zip(parts.tokenize(tiny.PROMPTS), tiny.prompt_ids(), strict=True):
         np.testing.assert_array_equal(found, wanted)
-    mesh = make_mesh(ParallelConfig(ici_data_parallelism=2, ici_fsdp_parallelism=4), jax.devices())
-    encoders = parts.encoders(config, mesh, key=jr.key(0))
-    unet = parts.new_unet(config, mesh, key=jr.key(0))
+    layout = Layout(make_mesh(ParallelConfig(ici_data_parallelism=2, ici_fsdp_parallelism=4), jax.devices()))
+    encoders = parts.encoders(config, layout, key=jr.key(0))
+    unet = parts.new_unet(config, layout, key=jr.key(0))
     again = tmp_path / "ours"
     model = model_of(SDXL(unet, encoders), parts.schedule.to_json(), dtype=np.dtype(dtype))
     write_folder(model, again, save_tokenizers=lambda _: None)

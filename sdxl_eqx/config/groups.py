@@ -1,20 +1,36 @@
-"""What a training run is: frozen dataclasses, one a room, and the check of the whole. No file, no device is touched."""
+"""The groups of a training run's config, one a room: frozen dataclasses whose docstrings `--help` shows."""
 
-import dataclasses
-import math
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Literal
 
 import tyro
-import yaml
 
 from sdxl_eqx.arrays import DtypeName
 
-Flat = tyro.conf.OmitArgPrefixes
-"""A group whose fields are flags of their own, without the group's name before them."""
+Axes = tuple[str, ...]
+"""Axes of the mesh."""
 
-TINY = "configs/tiny.yaml"
+AxisRules = tuple[tuple[str, Axes], ...]
+"""The axes of the mesh that share each named dimension."""
+
+MESH_AXES: Axes = ("data", "fsdp", "context", "tensor")
+
+AXIS_RULES: AxisRules = (
+    ("batch", ("data",)),
+    ("activation_batch", ("data", "fsdp")),
+    ("activation_length", ("context",)),
+    ("activation_kv_length", ()),
+    ("activation_heads", ("tensor",)),
+    ("activation_kv", ("tensor",)),
+    ("mlp", ("tensor",)),
+    ("embed", ("fsdp",)),
+    ("heads", ("tensor",)),
+    ("conv_batch", ("data", "fsdp")),
+    ("conv_in", ()),
+    ("out_channels", ("tensor",)),
+    ("conv_out", ("fsdp",)),
+)
+"""MaxDiffusion's, and three dimensions that its rules leave out."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +49,8 @@ class RunConfig:
     """Where to run; auto takes what JAX finds, the others are an error where there is none."""
     jax_cache_dir: str = ""
     """Persistent compile cache; '' is the user's cache folder, `none` turns it off."""
+    skip_jax_distributed_system: bool = False
+    """Do not start jax.distributed, whatever the environment says."""
 
     @property
     def root(self) -> str:
@@ -57,7 +75,7 @@ class ModelConfig:
     from_pt: bool = True
     """Read PyTorch-layout files (safetensors); otherwise Flax ones (.msgpack) where there are any."""
     weights_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the stored parameters; the optimizer's moments and the moving average are float32."""
+    """Dtype of the stored parameters; the moving average is float32, the optimizer's moments are of moments_dtype."""
     activations_dtype: DtypeName = "bfloat16"
     """Dtype of the computation; norms, softmax and loss are float32 all the same."""
     precision: Literal["DEFAULT", "HIGH", "HIGHEST"] = "DEFAULT"
@@ -66,11 +84,64 @@ class ModelConfig:
     """Start from a random UNet instead of the model's."""
     new_text_encoders: bool = False
     """Random, frozen text encoders made from the seed, where the model folder has none (the tiny configuration)."""
-    remat_policy: Literal["auto", "none", "dots", "full"] = "auto"
-    """What the backward pass computes again to save memory: nothing, all but matrix products, or everything.
-    auto is none on CPU, else full."""
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """How the blocks of the UNet are computed."""
+
+    attention: Literal["auto", "dot_product", "flash", "cudnn", "cudnn_flash_te"] = "auto"
+    """What computes attention: XLA (dot_product), JAX's flash kernels, or cuDNN, by itself or through Transformer
+    Engine. auto takes the best for the device and says which; one asked for by name serves or is an error."""
+    flash_min_seq_length: int = 0
+    """flash serves from so many queries and keys on, dot_product below."""
+    split_head_dim: bool = True
+    """Heads are an axis of their own, which tensor parallelism shares out; otherwise they are folded into the batch."""
+    attention_sharding_uniform: bool = True
+    """Under context parallelism queries of self- and cross-attention are shared out alike, by their place in the
+    sequence; otherwise self-attention by heads."""
+    mask_padding_tokens: bool = True
+    """Keep attention off the padding of keys up to a kernel's block; without, its zeros are attended to, as
+    MaxDiffusion does."""
+    remat_policy: Literal["auto", "none", "dots", "attention", "full", "offload"] = "auto"
+    """What the backward pass computes again to save memory: nothing; all but matrix products and convolutions (dots);
+    all but attention; everything of each block (full); as dots, but kept in the host's memory (offload). auto takes the
+    least that fits the device."""
     scan_unroll: int = 1
     """How many transformer blocks are unrolled in a scan: more compile time, the same result."""
+
+
+@dataclass(frozen=True)
+class FlashBlockSizes:
+    """How many queries and keys a flash kernel takes at a time; none of it changes the result.
+
+    What is None is chosen by shape, and nothing is larger than the padded sequence.
+    """
+
+    block_q: int | None = None
+    """Queries at a time in the forward pass."""
+    block_kv: int | None = None
+    """Keys at a time in the forward pass."""
+    block_kv_compute: int | None = None
+    """Part of block_kv that is worked on at once (TPU only)."""
+    block_q_dkv: int | None = None
+    """Queries at a time for the gradients of keys and values."""
+    block_kv_dkv: int | None = None
+    """Keys at a time for the gradients of keys and values."""
+    block_kv_dkv_compute: int | None = None
+    """Part of block_kv_dkv that is worked on at once (TPU only)."""
+    block_q_dq: int | None = None
+    """Queries at a time for the gradient of the queries."""
+    block_kv_dq: int | None = None
+    """Keys at a time for the gradient of the queries."""
+    use_fused_bwd_kernel: bool | None = None
+    """All three gradients in one kernel, whose memory grows with the number of blocks of keys (TPU; on a GPU it is
+    always so)."""
+
+    def asked(self) -> dict[str, int]:
+        """The sizes that are not left to us."""
+        sizes = {field.name: getattr(self, field.name) for field in fields(self) if field.name.startswith("block_")}
+        return {name: size for name, size in sizes.items() if size is not None}
 
 
 @dataclass(frozen=True)
@@ -101,6 +172,9 @@ class OptimConfig:
     """AdamW's epsilon, outside the root."""
     adam_weight_decay: float = 1e-2
     """Decoupled weight decay, of matrices and convolutions."""
+    moments_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype in which the optimizer keeps its moments; bfloat16 halves their memory, and the second is rounded
+    stochastically so that it does not stand still."""
     decay_all: bool = False
     """Weight decay on norms and biases too."""
     opt_enable_grad_clipping: bool = False
@@ -168,10 +242,32 @@ class DataConfig:
 class ParallelConfig:
     """How the devices share the work."""
 
+    mesh_axes: Axes = MESH_AXES
+    """Order of the mesh's axes, outermost first; neighbours on the last ones."""
+    dcn_data_parallelism: int = -1
+    """Slices of a TPU, or hosts of GPUs, that share the batch and hold all weights; one dcn_ -1 takes the rest."""
+    dcn_fsdp_parallelism: int = 1
+    """Slices or hosts that share batch, weights and optimizer state."""
+    dcn_context_parallelism: int = 1
+    """Slices or hosts that share the rows of each picture."""
+    dcn_tensor_parallelism: int = 1
+    """Slices or hosts that share attention heads and feed-forward."""
     ici_data_parallelism: int = -1
-    """Devices that share the batch and hold all weights; one -1 takes the rest."""
+    """Devices that share the batch and hold all weights; one ici_ -1 takes the rest."""
     ici_fsdp_parallelism: int = 1
     """Devices that share batch, weights and optimizer state."""
+    ici_context_parallelism: int = 1
+    """Devices that share the rows of each picture."""
+    ici_tensor_parallelism: int = 1
+    """Devices that share attention heads and feed-forward."""
+    allow_split_physical_axes: bool = False
+    """Let an axis of the mesh take part of a physical axis of a TPU."""
+    logical_axis_rules: AxisRules = AXIS_RULES
+    """Which axes of the mesh share a dimension of weights or activations, as [[NAME, AXIS or [AXES]], ...]; what is
+    given replaces the default of the names in it."""
+    data_sharding: Axes = MESH_AXES
+    """Axes of the mesh over which a batch is spread as it is read; axes that do not divide it are left out from the
+    last one."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +280,9 @@ class CheckpointConfig:
     """Older ones go."""
     export_dtype: DtypeName = "float16"
     """Dtype of the diffusers folder written at the end."""
+    enable_single_replica_ckpt_restoring: bool = False
+    """When resuming, one replica reads the checkpoint and broadcasts it to the others along the data axis, instead of
+    each reading it."""
 
 
 @dataclass(frozen=True)
@@ -218,126 +317,3 @@ class SampleConfig:
     """Pictures in a grid; 0 draws none."""
     caption_retrieval: int = 0
     """At the end, draw the first so many captions; report for which share the nearest training picture is their own."""
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Train Stable Diffusion XL."""
-
-    run: Annotated[RunConfig, Flat] = RunConfig()
-    model: Annotated[ModelConfig, Flat] = ModelConfig()
-    optim: Annotated[OptimConfig, Flat] = OptimConfig()
-    diffusion_scheduler_config: DiffusionSchedulerConfig = DiffusionSchedulerConfig()
-    data: Annotated[DataConfig, Flat] = DataConfig()
-    parallel: Annotated[ParallelConfig, Flat] = ParallelConfig()
-    checkpoint: Annotated[CheckpointConfig, Flat] = CheckpointConfig()
-    metrics: Annotated[MetricsConfig, Flat] = MetricsConfig()
-    sample: Annotated[SampleConfig, Flat] = SampleConfig()
-
-    def check(self) -> None:
-        """Check everything that needs neither file nor device.
-
-        Raises:
-            ValueError: with the flag, its value, the rule and what to do.
-        """
-        for name, rule, holds in _rules(self):
-            if not holds:
-                raise ValueError(f"--{name.replace('_', '-')} {flat(self)[name]!r}: {rule}")
-
-
-def _rules(config: TrainConfig) -> list[tuple[str, str, bool]]:
-    """(field, what must hold and the remedy, whether it holds), in the order of the flags."""
-    model, optim, data = config.model, config.optim, config.data
-    parallel, checkpoint, metrics, sample = config.parallel, config.checkpoint, config.metrics, config.sample
-
-    def whole(n: int) -> bool:
-        return n == -1 or n > 0
-
-    name = config.run.run_name
-    return [
-        ("run_name", "must be a folder name: letters, digits, '.', '_' and '-'", not name or _is_name(name)),
-        ("base_output_directory", "must be a local folder", "://" not in config.run.base_output_directory),
-        ("output_dir", "must be a local folder", "://" not in config.run.output_dir),
-        ("seed", "must be 0 or more and below 2**32", 0 <= config.run.seed < 2**32),
-        ("scan_unroll", "must be 1 or more", model.scan_unroll >= 1),
-        ("learning_rate", "must be a finite number above 0", 0 < optim.learning_rate < math.inf),
-        ("max_train_steps", "must be -1 (from epochs) or above 0", whole(optim.max_train_steps)),
-        ("num_train_epochs", "must be above 0", optim.num_train_epochs > 0),
-        ("per_device_batch_size", "must be a finite number above 0", 0 < optim.per_device_batch_size < math.inf),
-        ("warmup_steps_fraction", "must be from 0 to 1", 0 <= optim.warmup_steps_fraction <= 1),
-        (
-            "learning_rate_schedule_steps",
-            "must be -1 (all steps) or above 0",
-            whole(optim.learning_rate_schedule_steps),
-        ),
-        ("adam_b1", "must be at least 0 and below 1", 0 <= optim.adam_b1 < 1),
-        ("adam_b2", "must be at least 0 and below 1", 0 <= optim.adam_b2 < 1),
-        ("adam_eps", "must be a finite number above 0", 0 < optim.adam_eps < math.inf),
-        ("adam_weight_decay", "must be a finite number, 0 or more", 0 <= optim.adam_weight_decay < math.inf),
-        ("max_grad_value", "must be a finite number above 0", 0 < optim.max_grad_value < math.inf),
-        ("max_grad_norm", "must be a finite number above 0", 0 < optim.max_grad_norm < math.inf),
-        ("ema_decay", "must be at least 0 and below 1", 0 <= optim.ema_decay < 1),
-        ("ema_every", "must be 1 or more", optim.ema_every >= 1),
-        (
-            "train_data_dir",
-            "name a folder of pictures with metadata.jsonl, "
-            f"or try the bundled one first: python scripts/train.py --config {TINY}",
-            bool(data.train_data_dir),
-        ),
-        ("resolution", "must be a multiple of 8, at least 8", data.resolution >= 8 and data.resolution % 8 == 0),
-        ("max_train_samples", "must be -1 (all) or above 0", whole(data.max_train_samples)),
-        ("transform_images_num_proc", "must be 1 or more", data.transform_images_num_proc >= 1),
-        ("caption_dropout", "must be from 0 to 1", 0 <= data.caption_dropout <= 1),
-        ("max_bad_fraction", "must be from 0 to 1", 0 <= data.max_bad_fraction <= 1),
-        ("ici_data_parallelism", "must be -1 (the rest) or above 0", whole(parallel.ici_data_parallelism)),
-        (
-            "ici_fsdp_parallelism",
-            "must be -1 (the rest) or above 0, and only one of the ici_ flags may be -1",
-            whole(parallel.ici_fsdp_parallelism)
-            and not parallel.ici_fsdp_parallelism == parallel.ici_data_parallelism == -1,
-        ),
-        ("checkpoint_every", "must be -1 (at the end) or above 0, in samples", whole(checkpoint.checkpoint_every)),
-        ("checkpoints_to_keep", "must be 1 or more", checkpoint.checkpoints_to_keep >= 1),
-        ("log_period", "must be 1 or more", metrics.log_period >= 1),
-        ("guidance_scale", "must be a finite number, 0 or more", 0 <= sample.guidance_scale < math.inf),
-        ("num_inference_steps", "must be from 1 to 1000", 1 <= sample.num_inference_steps <= 1000),
-        ("sample_every", "must be -1 (at the end) or above 0, in samples", whole(sample.sample_every)),
-        ("samples_per_grid", "must be 0 or more", sample.samples_per_grid >= 0),
-        ("caption_retrieval", "must be 0 or more", sample.caption_retrieval >= 0),
-    ]
-
-
-def _is_name(name: str) -> bool:
-    return name == Path(name).name and name not in (".", "..") and all(c.isalnum() or c in "._-" for c in name)
-
-
-def groups(config: Any) -> dict[str, Any]:
-    """The groups of a config by field name."""
-    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-
-
-def is_flat(group: str) -> bool:
-    """Whether the fields of a group are flags of their own (the others keep the group's name before them)."""
-    return group != "diffusion_scheduler_config"
-
-
-def flat(config: TrainConfig) -> dict[str, Any]:
-    """Every published name with its value; mappings stay dictionaries. The form of `--config` files.
-
-    The Hub token is left out: it is never saved.
-    """
-    values: dict[str, Any] = {}
-    for name, group in groups(config).items():
-        fields = dataclasses.asdict(group)
-        values.update(fields if is_flat(name) else {name: fields})
-    del values["hf_access_token"]
-    return values
-
-
-def to_yaml(config: TrainConfig) -> str:
-    """The resolved config as a file that `--config` reads back."""
-    values = flat(config)
-    plain = all(value.isprintable() for value in values.values() if isinstance(value, str))
-    return yaml.safe_dump(
-        values, sort_keys=False, allow_unicode=plain
-    )  # unescaped, a control character may read as a space

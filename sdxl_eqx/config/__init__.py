@@ -1,0 +1,36 @@
+"""What a training run is: frozen dataclasses, one a room, and the check of the whole. No file, no device is touched."""
+
+from sdxl_eqx.config.groups import (
+    AttentionConfig,
+    CheckpointConfig,
+    DataConfig,
+    DiffusionSchedulerConfig,
+    FlashBlockSizes,
+    MetricsConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    SampleConfig,
+)
+from sdxl_eqx.config.train import TINY, TrainConfig, flat, groups, is_flat, to_yaml
+
+__all__ = [
+    "TINY",
+    "AttentionConfig",
+    "CheckpointConfig",
+    "DataConfig",
+    "DiffusionSchedulerConfig",
+    "FlashBlockSizes",
+    "MetricsConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "RunConfig",
+    "SampleConfig",
+    "TrainConfig",
+    "flat",
+    "groups",
+    "is_flat",
+    "to_yaml",
+]

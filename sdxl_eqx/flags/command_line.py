@@ -1,0 +1,167 @@
+"""The command line of training: flags over a YAML file over the published defaults, checked once."""
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from sdxl_eqx.config import TINY, TrainConfig, groups
+from sdxl_eqx.flags.files import read
+from sdxl_eqx.flags.names import NAMES, READERS, SECRET, FlagError, Name, merge, nearest, read_as
+from sdxl_eqx.flags.switches import check
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TINY_FILE = REPOSITORY / TINY
+"""What an empty command line runs."""
+
+BOOLS = {"true": True, "false": False}
+
+
+@dataclass(frozen=True)
+class CommandLine(TrainConfig):
+    """Train Stable Diffusion XL.
+
+    Without any argument: `--config configs/tiny.yaml`, a small run for any machine.
+    """
+
+    config: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
+    """YAML file of the names below, with underscores; flags win over it."""
+
+
+READING = tyro.constructors.ConstructorRegistry()
+"""Has tyro read every type as files are read; a Boolean is two flags, which is tyro's own."""
+
+
+@READING.primitive_rule
+def _as_text(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    if info.type is bool or info.type not in READERS:
+        return None
+    reader = READERS[info.type]
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=reader.metavar,
+        instance_from_str=lambda words: reader.read(words[0]),
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: [_inline(value) if isinstance(value, tuple) else str(value)],
+    )
+
+
+def _inline(value: tuple[Any, ...]) -> str:
+    return json.dumps(value).replace('"', "")
+
+
+def parse(argv: Sequence[str]) -> TrainConfig:
+    """The checked config of a command line. Nothing given means `--config configs/tiny.yaml`.
+
+    Raises:
+        SystemExit: 2 after one message on stderr where the flags or the file are wrong; 0 after `--help`.
+    """
+    try:
+        return _parse(argv)
+    except FlagError as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from None
+
+
+def _parse(argv: Sequence[str]) -> TrainConfig:
+    if not argv:
+        if not TINY_FILE.is_file():
+            raise FlagError(
+                f"without arguments {TINY} is run, but that comes with a checkout of the repository and is not part of "
+                "an installed package: name your own with --config FILE, or see --help"
+            )
+        argv = ["--config", str(TINY_FILE)]
+    args, given, file = _words(argv)
+    values = read(file) if file else {}
+    secret = values.pop(SECRET, "")  # kept from tyro, whose help shows defaults
+    base = merge(TrainConfig(), values)
+    default = CommandLine(**groups(base))
+    line = tyro.cli(CommandLine, prog="scripts/train.py", args=args, default=default, registry=READING)
+    parsed = TrainConfig(**{group: getattr(line, group) for group in groups(base)})
+    flags = {key: getattr(getattr(parsed, NAMES[key].group), NAMES[key].field) for key in given}
+    config = merge(base, {SECRET: secret, **flags})
+    check(config, file, values, flags)
+    return config
+
+
+def _words(argv: Sequence[str]) -> tuple[list[str], set[str], str]:
+    """The arguments in the one form tyro is given (`--name=value`, `--x` or `--no-x`), the keys given, the YAML file.
+
+    No message repeats a value that belongs to no flag: it may be a misplaced token.
+    """
+    args: list[str] = []
+    given: set[str] = set()
+    file = last = ""
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if word in ("-h", "--help"):
+            args.append("--help")
+            continue
+        if not word.startswith("--"):
+            raise FlagError(_stray(word, last))
+        shown, equals, value = word.partition("=")
+        key = shown.removeprefix("--").replace("-", "_")
+        negated = _negated(key)
+        name = NAMES.get(negated or key)
+        last = shown
+        if name is None and key != "config":
+            raise FlagError(f"{shown}: no such flag{nearest(key, [*NAMES, 'config'], flag=True)}")
+        if name is not None and name.type is bool:
+            if not negated and not equals and words and words[0].lower() in BOOLS:
+                equals, value = "=", words.pop(0)
+            if equals and (negated or value.lower() not in BOOLS):
+                raise FlagError(f"{shown} {value!r}: {_forms(name)}")
+            on = BOOLS[value.lower()] if equals else not negated
+            args.append(name.flag if on else f"--no-{name.flag[2:]}")
+            given.add(name.key)
+            continue
+        if not equals:
+            if not words or words[0].startswith("--"):
+                raise FlagError(f"{shown}: a value must follow; one that begins with -- is written {shown}=--VALUE")
+            value = words.pop(0)
+        if name is None:
+            if file or not value:
+                raise FlagError("--config: give one YAML file, once; flags win over it")
+            file = value
+            continue
+        try:
+            read_as(name, value)
+        except ValueError as rule:
+            raise FlagError(f"{name.flag} {value!r}: {rule}") from None
+        args.append(f"{name.flag}={value}")
+        given.add(name.key)
+    return args, given, file
+
+
+def _negated(key: str) -> str:
+    """The Boolean key that `no_KEY` turns off, or ''."""
+    positive = key.removeprefix("no_")
+    return positive if positive != key and positive in NAMES and NAMES[positive].type is bool else ""
+
+
+def _forms(name: Name) -> str:
+    return f"write one of {name.flag}, --no-{name.flag[2:]}, {name.flag} True and {name.flag} False"
+
+
+def _stray(word: str, last: str) -> str:
+    """What to say of a word that is neither a flag nor the value of one."""
+    key, equals, value = word.partition("=")
+    if equals and re.fullmatch(r"[A-Za-z_][\w.-]*", key):
+        name = NAMES.get(key.replace("-", "_"))
+        known = name is not None and name.key != SECRET
+        form = f"{name.flag if name else '--' + key.replace('_', '-')} {value if known else 'VALUE'}"
+        return f"{key}={value if known else '...'}: write {form}{'' if name else nearest(key, NAMES, flag=True)}"
+    if word.lower().endswith((".yml", ".yaml")):
+        return f"{word}: write --config {word}"
+    flag = NAMES.get(_negated(last[2:].replace("-", "_")) or last[2:].replace("-", "_"))
+    if flag is not None and flag.type is bool:
+        return f"{last}: {_forms(flag)}"
+    if last:
+        return f"{last}: more than one value follows; put quotes around a value with spaces"
+    return "the command line begins with a value that belongs to no flag: write --NAME VALUE, see --help for the names"

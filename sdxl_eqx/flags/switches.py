@@ -1,0 +1,97 @@
+"""Flags that have an effect only where another is on: an error on the command line, a log line from a file."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from sdxl_eqx.config import FlashBlockSizes, TrainConfig
+from sdxl_eqx.flags.names import NAMES, FlagError
+
+log = logging.getLogger("sdxl_eqx")
+
+
+@dataclass(frozen=True)
+class Switch:
+    """`keys` have an effect only where `is_on` holds; `remedy` names the switch."""
+
+    keys: tuple[str, ...]
+    is_on: Callable[[TrainConfig], bool]
+    remedy: str
+    off_asks: bool = False
+    """Whether a Boolean turned off asks for something too."""
+
+
+def _may_be_flash(config: TrainConfig) -> bool:
+    return config.attention.attention in ("flash", "auto")
+
+
+FLASH = "choose --attention flash or auto"
+SWITCHES = (
+    Switch(("output_dir",), lambda c: not c.run.base_output_directory, "leave --base-output-directory empty"),
+    Switch(
+        ("revision",),
+        lambda c: not c.model.pretrained_model_name_or_path.startswith("asset:"),
+        "name a model of the Hub with --pretrained-model-name-or-path",
+    ),
+    Switch(
+        ("flash_min_seq_length", *(f"flash_block_sizes.{field.name}" for field in fields(FlashBlockSizes))),
+        _may_be_flash,
+        FLASH,
+    ),
+    Switch(("mask_padding_tokens",), _may_be_flash, FLASH, off_asks=True),
+    Switch(("unet_checkpoint",), lambda c: not c.model.train_new_unet, "leave --train-new-unet out"),
+    Switch(
+        ("learning_rate_schedule_steps",),
+        lambda c: c.optim.lr_schedule != "constant" or c.optim.warmup_steps_fraction > 0,
+        "choose another --lr-schedule than constant, or set --warmup-steps-fraction",
+    ),
+    Switch(("decay_all",), lambda c: c.optim.adam_weight_decay > 0, "set --adam-weight-decay above 0"),
+    Switch(("max_grad_value",), lambda c: c.optim.opt_enable_grad_clipping, "add --opt-enable-grad-clipping"),
+    Switch(
+        ("max_grad_norm",),
+        lambda c: c.optim.opt_enable_grad_global_norm_clipping,
+        "add --opt-enable-grad-global-norm-clipping",
+    ),
+    Switch(("ema_every",), lambda c: c.optim.ema_decay > 0, "set --ema-decay above 0"),
+    Switch(
+        ("dataset_save_location",),
+        lambda c: c.data.cache_latents_text_encoder_outputs,
+        "add --cache-latents-text-encoder-outputs",
+    ),
+    Switch(("metrics_file",), lambda c: c.metrics.write_metrics, "add --write-metrics"),
+    Switch(
+        ("guidance_scale", "negative_prompt"),
+        lambda c: c.sample.do_classifier_free_guidance,
+        "add --do-classifier-free-guidance",
+    ),
+    Switch(("prompt", "sample_every"), lambda c: c.sample.samples_per_grid > 0, "set --samples-per-grid above 0"),
+    Switch(
+        ("guidance_scale", "negative_prompt", "do_classifier_free_guidance", "num_inference_steps"),
+        lambda c: c.sample.samples_per_grid > 0 or c.sample.caption_retrieval > 0,
+        "set --samples-per-grid or --caption-retrieval above 0",
+    ),
+)
+
+
+def check(config: TrainConfig, file: str, values: Mapping[str, Any], flags: Mapping[str, Any]) -> None:
+    """Check the whole config, then what has its switch off: for a flag an error, for a key of the file a log line."""
+    try:
+        config.check()
+    except ValueError as error:
+        key = str(error).split()[0].removeprefix("--").replace("-", "_")
+        raise FlagError(f"{error} (from {file})" if key in values.keys() - flags.keys() else str(error)) from None
+    if {"max_train_steps", "num_train_epochs"} <= flags.keys() and config.optim.max_train_steps != -1:
+        log.warning("--num-train-epochs has no effect: --max-train-steps is given too, and steps win")
+    defaults = TrainConfig()
+    for switch in SWITCHES:
+        if switch.is_on(config):
+            continue
+        for key in switch.keys:
+            name = NAMES[key]
+            asked = flags.get(key)
+            if asked is not None and (switch.off_asks or asked is not False):
+                raise FlagError(f"{name.flag} {asked!r} has no effect here: {switch.remedy}, or leave it out")
+            default = getattr(getattr(defaults, name.group), name.field)
+            if key not in flags and values.get(key, default) != default:
+                log.warning("%s: %s: %r has no effect here: %s", file, key, values[key], switch.remedy)
