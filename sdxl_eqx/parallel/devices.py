@@ -53,5 +53,5 @@ def on_gpu_machine() -> bool:
 
 def on_tpu_vm() -> bool:
     """Whether this machine says that it has TPUs, without asking JAX."""
-    named = os.environ.get("TPU_NAME") or os.environ.get("TPU_ACCELERATOR_TYPE")
-    return bool(named) or Path("/dev/accel0").exists() or Path("/dev/vfio/0").exists()
+    named = any(os.environ.get(name) for name in ("TPU_NAME", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES"))
+    return named or Path("/dev/accel0").exists() or Path("/dev/vfio/0").exists()

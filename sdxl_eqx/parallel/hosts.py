@@ -3,8 +3,8 @@
 import json
 import logging
 import os
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -29,16 +29,18 @@ def start(*, skip: bool, hardware: str) -> None:
     In this order: `host:port` in the environment (above; MaxDiffusion's names for GPUs too), Slurm's srun, Open MPI,
     a TPU VM, whose pod JAX finds by its metadata. Without any of them this process is alone.
 
+    Where the others do not come within JAX's five minutes, jaxlib ends the process.
+
     Raises:
-        ValueError: where the environment names a coordinator and not which process of how many this is, or the others
-            do not come.
+        ValueError: where the environment names a coordinator and not which process of how many this is, or the first
+            process's port is taken.
     """
     if skip:
         return
     try:
         found = explicit(os.environ)
         if found is not None:
-            log.info("joining %s as process %d of %d", found[0], found[2], found[1])
+            log.info("joining %s as process %d of %d; waiting up to 5 minutes for all", found[0], found[2], found[1])
             jax.distributed.initialize(*found)
         elif _several(SLURM, "SLURM_NTASKS") or _several(OPEN_MPI, "OMPI_COMM_WORLD_SIZE"):
             jax.distributed.initialize()
@@ -105,6 +107,8 @@ def gather_json(value: T) -> list[T]:
 def raise_together(error: Exception | None) -> None:
     """Raise `error`, and where it is another process's, its message: so that none waits for one that has ended.
 
+    Returns when all processes are here and none has one.
+
     Raises:
         ValueError: where any process has one.
     """
@@ -114,6 +118,21 @@ def raise_together(error: Exception | None) -> None:
     for i, text in enumerate(texts):
         if text:
             raise ValueError(f"process {i}: {text}")
+
+
+def together(make: Callable[[], T]) -> T:
+    """`make()`, or the error of any process that had one.
+
+    Raises:
+        ValueError: with the message of one.
+    """
+    made = error = None
+    try:
+        made = make()
+    except (ValueError, OSError) as found:
+        error = found
+    raise_together(error)
+    return cast(T, made)
 
 
 def to_host(tree: T) -> T:

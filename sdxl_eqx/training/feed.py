@@ -1,6 +1,8 @@
 """The stream of batches of a run, from pictures or from what the encoders made of them once."""
 
 import logging
+import os
+import signal
 import time
 from functools import partial
 from pathlib import Path
@@ -10,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sdxl_eqx.data.batch import Batch, LatentBatch
 from sdxl_eqx.data.cache import (
     CachedSource,
     EncodeCaptions,
@@ -19,7 +22,7 @@ from sdxl_eqx.data.cache import (
     open_cache,
     write_cache,
 )
-from sdxl_eqx.data.loader import BadItems, make_stream, picture_reader, position_after
+from sdxl_eqx.data.loader import BadItems, make_stream, picture_reader, position_after, to_batch
 from sdxl_eqx.loading import fingerprint
 from sdxl_eqx.models.sdxl import Encoders
 from sdxl_eqx.parallel import hosts
@@ -67,22 +70,64 @@ def feed(run: Run) -> tuple[Any, Encoders | None]:
     return stream, frozen
 
 
+class Batches:
+    """The batches of a run, on the host.
+
+    Of several processes, one that has no more goes on with its last batch and has all of them stop, as by SIGTERM: in
+    the middle of a step the others would wait for it for ever. Nothing is saved of those steps.
+    """
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+        self.last: Batch | LatentBatch | None = None
+        self.failure: Exception | None = None
+
+    def next(self) -> Batch | LatentBatch:
+        """The next one.
+
+        Raises:
+            ValueError: where too many pictures cannot be read.
+        """
+        if self.last is None:
+            self.last = hosts.together(self._read)
+        elif self.failure is None:
+            try:
+                self.last = self._read()
+            except ValueError as error:
+                if jax.process_count() == 1:
+                    raise
+                self.failure = error
+                os.kill(os.getpid(), signal.SIGTERM)
+        return self.last
+
+    def raise_failure(self) -> None:
+        """Raise what went wrong in any process.
+
+        Raises:
+            ValueError: where something did.
+        """
+        hosts.raise_together(self.failure)
+
+    def _read(self) -> Batch | LatentBatch:
+        return to_batch(next(self.stream))
+
+
 def _cache(run: Run, model_fingerprint: str, bad: BadItems) -> CachedSource:
     """The encoded data set: the one that is there, or a new one."""
     config = run.config
     folder = Path(config.data.dataset_save_location or run.folder.path / "cache")
     key = cache_key(run.source, model_fingerprint, config.data, config.run.seed)
-    cached = open_cache(folder, key)
+    cached = hosts.together(partial(open_cache, folder, key))
     if not all(hosts.gather_json(cached is not None)):
         began = time.perf_counter()
         # Every process has all pictures encoded, on all devices together, and the first one writes.
         encode_pictures, encode_captions, batch_size = _encoders(run)
-        write_cache(
-            run.source, folder, key=key, encode_pictures=encode_pictures, encode_captions=encode_captions,
+        write = partial(
+            write_cache, run.source, folder, key=key, encode_pictures=encode_pictures, encode_captions=encode_captions,
             tokenizers=run.parts.tokenizers, config=config.data, seed=config.run.seed, batch_size=batch_size, bad=bad,
             is_writer=hosts.is_first(),
         )  # fmt: skip
-        hosts.wait("cache written")
+        hosts.together(write)
         cached = open_cache(folder, key)
         if cached is not None:
             log.info("encoded %d samples once in %.1f s: %s", len(cached), time.perf_counter() - began, cached.path)

@@ -3,39 +3,37 @@
 import dataclasses
 import logging
 import math
-import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sdxl_eqx.data.batch import Batch, LatentBatch
-from sdxl_eqx.data.loader import to_batch
 from sdxl_eqx.data.tokenizer import save_tokenizers
 from sdxl_eqx.diffusion.schedule import Schedule
 from sdxl_eqx.models.sdxl import SDXL, cast
 from sdxl_eqx.parallel import hosts
 from sdxl_eqx.training.checkpoint import NotSaved
-from sdxl_eqx.training.feed import feed
+from sdxl_eqx.training.feed import Batches, feed
 from sdxl_eqx.training.flops import unet_training_flops
 from sdxl_eqx.training.metrics import MetricsWriter, Watch
 from sdxl_eqx.training.setup import Run
 from sdxl_eqx.training.showing import caption_retrieval, draw_captions, grid, sample_prompts, save_pictures
 from sdxl_eqx.training.state import TrainState
 from sdxl_eqx.training.step import train_step
+from sdxl_eqx.training.stop import Stop
 from sdxl_eqx.weights.folder import write_folder
 from sdxl_eqx.weights.index import index_of
 from sdxl_eqx.weights.write import model_of
 
 log = logging.getLogger("sdxl_eqx")
+
+T = TypeVar("T")
 
 
 class RunError(Exception):
@@ -59,7 +57,7 @@ def fit(run: Run) -> Outcome:
         RunError: with the reason and the last good checkpoint.
     """
     try:
-        stream, frozen = feed(run)
+        stream, frozen = hosts.together(partial(feed, run))
     except (ValueError, OSError) as error:
         raise RunError(str(error)) from error
     metrics, step = run.config.metrics, int(run.state.step)
@@ -88,10 +86,11 @@ def _train(run: Run, stream: Any, frozen: Any, writer: MetricsWriter) -> Outcome
     position = stream.get_state()
     meter = _Meter(run, writer, watch)
 
-    with _Stop() as stop, jax.sharding.set_mesh(run.mesh):
+    batches = Batches(stream)
+    with Stop() as stop, jax.sharding.set_mesh(run.mesh):
         with watch:
             for n in range(start + 1, run.total_steps + 1):
-                batch = _next(stream, run)
+                batch = _explained(batches.next, run)
                 position = stream.get_state()
                 state, metrics = step_fn(state, frozen, _to_devices(batch, run), schedule)
                 # Read while the device works on this step: the loop never waits for the step it just began.
@@ -105,10 +104,12 @@ def _train(run: Run, stream: Any, frozen: Any, writer: MetricsWriter) -> Outcome
                     _show(run, n, state, writer)
                     meter.restart()
                 if _due(n, config.checkpoint.checkpoint_every, run.batch_size):
+                    _explained(batches.raise_failure, run)
                     meter.flush()
                     _save(run, n, state, position)
                     meter.restart()
             meter.flush()
+        _explained(batches.raise_failure, run)
         step = int(state.step)
         if not (_save(run, step, state, position) and _written(run)):
             raise RunError(f"the checkpoint of step {step}, where the run stopped, could not be saved.")
@@ -134,9 +135,10 @@ def _to_devices(batch: Batch | LatentBatch, run: Run) -> Batch | LatentBatch:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(run.batch_sharding, x), batch)
 
 
-def _next(stream: Any, run: Run) -> Batch | LatentBatch:
+def _explained(get: Callable[[], T], run: Run) -> T:
+    """`get()`, or what is wrong with the data and the last good checkpoint."""
     try:
-        return to_batch(next(stream))
+        return get()
     except ValueError as error:
         raise RunError(f"{error} {_last_good(run)}") from error
 
@@ -214,7 +216,7 @@ def _drawn(run: Run, state: TrainState, prompts: Sequence[str]) -> np.ndarray | 
     return None
 
 
-def _finish(run: Run, step: int, state: TrainState, writer: MetricsWriter, stop: "_Stop") -> float | None:
+def _finish(run: Run, step: int, state: TrainState, writer: MetricsWriter, stop: Stop) -> float | None:
     """The last samples, caption retrieval and the export; a signal ends it between two of them."""
     _show(run, step, state, writer)
     retrieval = None if stop.now() else _retrieve(run, step, state, writer)
@@ -224,22 +226,22 @@ def _finish(run: Run, step: int, state: TrainState, writer: MetricsWriter, stop:
     whole = SDXL(state.best, run.encoders)
     if jax.process_count() > 1:  # alone, each tensor is fetched as it is written
         whole = hosts.to_host(cast(whole, dtype))
-    if hosts.is_first():
-        _export(run, step, whole, dtype)
-    hosts.wait("exported")
+    try:
+        hosts.together(partial(_export, run, step, whole, dtype))
+    except (ValueError, OSError) as error:
+        raise RunError(f"the export could not be written ({error}); free space and run the same again.") from error
     return retrieval
 
 
 def _export(run: Run, step: int, whole: SDXL, dtype: Any) -> None:
-    """Write the diffusers folder, and note that the run is finished."""
-    try:
-        model = model_of(whole, run.parts.schedule.to_json(), dtype=dtype)
-        model = dataclasses.replace(model, index=index_of(caption_dropout=run.config.data.caption_dropout))
-        tokenizers = partial(save_tokenizers, run.parts.tokenizers)
-        write_folder(model, run.folder.export, save_tokenizers=tokenizers, overwrite=True)
-        run.folder.finish(step)
-    except (OSError, ValueError) as error:
-        raise RunError(f"the export could not be written ({error}); free space and run the same again.") from error
+    """Write the diffusers folder, by the first process, and note that the run is finished."""
+    if not hosts.is_first():
+        return
+    model = model_of(whole, run.parts.schedule.to_json(), dtype=dtype)
+    model = dataclasses.replace(model, index=index_of(caption_dropout=run.config.data.caption_dropout))
+    tokenizers = partial(save_tokenizers, run.parts.tokenizers)
+    write_folder(model, run.folder.export, save_tokenizers=tokenizers, overwrite=True)
+    run.folder.finish(step)
 
 
 def _retrieve(run: Run, step: int, state: TrainState, writer: MetricsWriter) -> float | None:
@@ -323,47 +325,3 @@ class _Meter:
             each = (now - self.began) / (n - self.first)
             speed, left = self.run.batch_size / each, each * (self.run.total_steps - n)
         self.watch.show(n, loss=loss, rate=rate, speed=speed, seconds_left=left)
-
-
-class _Stop:
-    """Remembers Ctrl-C and SIGTERM, so that the loop ends after a whole step; a second Ctrl-C ends at once.
-
-    Of several processes, one that is told to stop has all of them stop after the same step: SIGTERM is left to JAX's
-    preemption service, which tells the others, and Ctrl-C is turned into it.
-    """
-
-    def __init__(self) -> None:
-        self.signal = 0
-        self.alone = jax.process_count() == 1
-        self.asked = 0
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> "_Stop":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM) if self.alone else (signal.SIGINT,):
-                self.before[number] = signal.signal(number, self._note)
-        return self
-
-    def now(self, step: int | None = None) -> bool:
-        """Whether the run ends after `step`, or at this place after the last one; every process must ask there.
-
-        Questions are numbered by steps, as those of Orbax are, which asks the same service.
-        """
-        self.asked = self.asked + 1 if step is None else step
-        if not self.alone and not self.signal and hosts.all_stop(self.asked):
-            self.signal = signal.SIGTERM
-            log.warning("SIGTERM: all processes save after this step")
-        return bool(self.signal)
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        if self.signal and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        if not self.alone:
-            os.kill(os.getpid(), signal.SIGTERM)
-            return
-        self.signal = number
-        log.warning("%s: saving after this step", signal.Signals(number).name)

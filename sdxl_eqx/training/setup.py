@@ -3,11 +3,10 @@
 import dataclasses
 import logging
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -37,8 +36,6 @@ from sdxl_eqx.training.state import TrainState, new_state
 from sdxl_eqx.training.step import StepConfig
 
 log = logging.getLogger("sdxl_eqx")
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -126,10 +123,10 @@ def prepare(config: TrainConfig) -> Run | Finished:
             the model alone does not fit the devices.
     """
     configure_jax(config)
-    plan = _together(partial(_Plan.make, config))
+    plan = hosts.together(partial(_Plan.make, config))
     name = hosts.agree(config.run.run_name or new_name())
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, run_name=name))
-    folder = _together(partial(RunFolder.open, config.run.root, name, is_first=hosts.is_first()))
+    folder = hosts.together(partial(RunFolder.open, config.run.root, name, is_first=hosts.is_first()))
     try:
         return _open(config, plan, folder)
     except jax.errors.JaxRuntimeError as error:
@@ -226,18 +223,6 @@ def _open(config: TrainConfig, plan: _Plan, folder: RunFolder) -> Run | Finished
         config, folder, checkpoints, layout, compute, plan.encoding, plan.batch_size, plan.total_steps,
         plan.source, parts, encoders, state, optimizer, rate, [] if saved is None else saved.data,
     )  # fmt: skip
-
-
-def _together(make: Callable[[], T]) -> T:
-    """`make()`, or the error of any process that had one."""
-    made = error = None
-    try:
-        made = make()
-    except (ValueError, OSError) as found:
-        error = found
-    hosts.raise_together(error)
-    assert made is not None
-    return made
 
 
 def _replica_axis(config: TrainConfig, layout: Layout) -> str | None:
