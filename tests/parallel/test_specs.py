@@ -215,7 +215,7 @@ def without(axis: str) -> Any:
         ({"conv_out": ()}, 4, "", without("fsdp")),
         ({"conv_in": ("fsdp",), "conv_out": ()}, 4, "", lambda shares: [*shares[:2], shares[3], shares[2]]),
     ],
-    ids=str,
+    ids=["embed", "mlp", "heads", "conv_out", "conv_in for conv_out"],
 )
 def test_a_rule_that_is_overridden_changes_the_dimensions_of_its_name_alone(names, ndim, part, change):
     default, other = (layout(rules, fsdp=4, tensor=2) for rules in (ruled(), ruled(**names)))
