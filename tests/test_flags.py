@@ -534,6 +534,7 @@ OFF = {
         for name in FlashBlockSizes.__annotations__
     },
     "mask_padding_tokens": ({"attention": "cudnn_flash_te"}, "--attention flash or auto"),
+    "attention_sharding_uniform": ({}, "--ici-context-parallelism"),
     "unet_checkpoint": ({"train_new_unet": True}, "--train-new-unet"),
     "revision": ({"pretrained_model_name_or_path": "asset:tiny-sdxl"}, "--pretrained-model-name-or-path"),
     "learning_rate_schedule_steps": ({}, "--lr-schedule"),
@@ -556,6 +557,7 @@ OFF = {
 """For each key with a switch: how the switch is off, and the flag that the remedy names."""
 
 ON = {
+    "attention_sharding_uniform": ["--ici-context-parallelism", "2"],
     "learning_rate_schedule_steps": ["--lr-schedule", "cosine"],
     "max_grad_value": ["--opt-enable-grad-clipping"],
     "max_grad_norm": ["--opt-enable-grad-global-norm-clipping"],
@@ -620,6 +622,12 @@ def test_not_to_mask_padding_needs_flash_too(refusal: Refusal):
         [*DATA, "--attention", "cudnn", "--no-mask-padding-tokens"]
     )
     assert not parse([*DATA, "--attention", "flash", "--no-mask-padding-tokens"]).attention.mask_padding_tokens
+
+
+def test_to_share_attention_by_heads_needs_context_too(refusal: Refusal):
+    assert "--attention-sharding-uniform False has no effect" in refusal([*DATA, "--no-attention-sharding-uniform"])
+    asked = [*DATA, "--no-attention-sharding-uniform", "--dcn-context-parallelism", "2"]
+    assert not parse(asked).attention.attention_sharding_uniform
 
 
 def test_the_token_is_taken_from_flag_and_file_and_the_flag_wins(written: Yaml):

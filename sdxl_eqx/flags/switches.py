@@ -26,6 +26,10 @@ def _may_be_flash(config: TrainConfig) -> bool:
     return config.attention.attention in ("flash", "auto")
 
 
+def _has_context(config: TrainConfig) -> bool:
+    return (config.parallel.ici_context_parallelism, config.parallel.dcn_context_parallelism) != (1, 1)
+
+
 FLASH = "choose --attention flash or auto"
 SWITCHES = (
     Switch(("output_dir",), lambda c: not c.run.base_output_directory, "leave --base-output-directory empty"),
@@ -40,6 +44,7 @@ SWITCHES = (
         FLASH,
     ),
     Switch(("mask_padding_tokens",), _may_be_flash, FLASH, off_asks=True),
+    Switch(("attention_sharding_uniform",), _has_context, "set --ici-context-parallelism", off_asks=True),
     Switch(("unet_checkpoint",), lambda c: not c.model.train_new_unet, "leave --train-new-unet out"),
     Switch(
         ("learning_rate_schedule_steps",),

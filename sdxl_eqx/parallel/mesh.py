@@ -18,16 +18,23 @@ def make_mesh(config: ParallelConfig, devices: Sequence[Any]) -> Mesh:
     slices; each axis is the product of its two. In either group one -1 takes what the others leave.
 
     Raises:
-        ValueError: where sizes do not multiply to the devices of a slice, or to the number of slices.
+        ValueError: where sizes do not multiply to the devices of a slice, or to the number of slices, or do not fit a
+            TPU's physical axes.
     """
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     inside = _sizes(config, "ici", len(devices) // slices, "devices here" if slices == 1 else "devices of a slice")
     across = _sizes(config, "dcn", slices, "slice here" if slices == 1 else "slices here")
     split = config.allow_split_physical_axes
-    if slices == 1:
-        grid = mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=split)
-    else:
-        grid = mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=split)
+    try:
+        if slices == 1:
+            grid = mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=split)
+        else:
+            grid = mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=split)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"a mesh of {' x '.join(map(str, inside))} does not fit the physical axes of these TPUs "
+            f"({str(error).splitlines()[0][:200]}); add --allow-split-physical-axes, or choose other sizes."
+        ) from error
     return Mesh(grid, config.mesh_axes, axis_types=(AxisType.Auto,) * len(config.mesh_axes))
 
 

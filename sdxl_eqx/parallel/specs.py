@@ -125,9 +125,9 @@ class Layout:
     def place(self, tree: T) -> T:
         """Activations `[b, h, w, c]`, `[b, l, c]` and `[b, c]` on the devices that compute them.
 
-        Samples are shared by the axes of the batch, rows by all others. An axis that shared neither would make XLA
-        count the gradient of a 3 x 3 convolution once for each of its devices (jaxlib 0.10.2), so rows that do not
-        divide are shared by none.
+        Samples are shared by the axes of the batch; rows by all the others, or by none where they do not divide. Never
+        by some of them: XLA (jaxlib 0.10.2) then counts the gradient of a 3 x 3 convolution once for each device of
+        those that share nothing.
         """
 
         def one(x: Array) -> Array:
