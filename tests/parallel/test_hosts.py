@@ -128,7 +128,8 @@ def test_a_tpu_vm_looks_for_its_pod_only_where_tpus_are_meant(begun, hardware, c
 def test_a_process_says_whom_it_joins(begun, caplog):
     caplog.set_level(logging.INFO, "sdxl_eqx")
     begun(PLAIN)
-    assert [record.getMessage() for record in caplog.records] == ["joining first:4000 as process 3 of 4"]
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said == "joining first:4000 as process 3 of 4; waiting up to 5 minutes for all"
 
 
 def test_a_tpu_vm_without_a_pod_is_alone_and_says_so(begun, caplog):
