@@ -89,11 +89,13 @@ def choose(
     attend, why = want.best() if name == "auto" else want.named(name)
     from_length = 0
     if isinstance(attend, Flash):
-        from_length = max(min_seq_length, LONG if name == "auto" else 0)
+        from_length = min_seq_length or (LONG if name == "auto" else 0)
         if from_length:
             why += f"; dot_product below {from_length} queries or keys"
         if not mask_padding:
             why += "; zeros that pad the keys are attended to"
+    elif name == "auto" and (want.block_sizes != FlashBlockSizes() or not mask_padding or min_seq_length):
+        why += "; the flags of flash have no effect on it"
 
     def whole(attend: Attend) -> Attend:
         attend = attend if split_heads else Folded(attend)
@@ -123,11 +125,13 @@ class _Wanted:
                     "cudnn, published as some 5 times as fast as unfused attention on an H100, and no scores in memory",
                 )
             if self.backend == "tpu":
-                attend, what = self.named("flash")
-                return attend, f"flash ({what}), which keeps no scores in memory, where they are many"
+                refuse_on_tpu(self.dtype, self.head_width)
         except ValueError as error:
             reason = str(error).removesuffix(".")
             return dot_product, f"dot_product by XLA ({reason})"
+        if self.backend == "tpu":
+            attend, what = self._flash()
+            return attend, f"flash ({what}), which keeps no scores in memory, where they are many"
         return dot_product, f"dot_product by XLA, for a {self.backend} has no kernel"
 
     def named(self, name: str) -> tuple[Attend, str]:

@@ -112,7 +112,7 @@ def raise_together(error: Exception | None) -> None:
     Raises:
         ValueError: where any process has one.
     """
-    texts = gather_texts("" if error is None else str(error))
+    texts = gather_texts("" if error is None else str(error) or repr(error))
     if error is not None:
         raise error
     for i, text in enumerate(texts):

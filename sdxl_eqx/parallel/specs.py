@@ -64,6 +64,30 @@ class Layout:
         """The axes that share the samples of a step."""
         return self.axes("activation_batch")
 
+    def check(self) -> None:
+        """Refuse rules under which results would be wrong or a spec would name an axis twice.
+
+        Where samples or weights of convolutions lie over an axis that does not share the batch, XLA (jaxlib 0.10.2)
+        gives wrong gradients of convolutions.
+
+        Raises:
+            ValueError: with the name and the axis.
+        """
+        needed = [("data", "data")] if self.mesh.shape["data"] > 1 else []
+        needed += [(name, axis) for name in ("embed", "conv_in", "conv_out") for axis in self.axes(name)]
+        for name, axis in needed:
+            if axis not in self.batch:
+                raise ValueError(
+                    f"--logical-axis-rules: activation_batch {list(self.named('activation_batch'))} must have the axis "
+                    f"{axis} too, which {name if name != axis else 'the mesh'} has devices on; otherwise gradients of "
+                    "convolutions would be wrong."
+                )
+        used = [axis for name in ACTIVATIONS for axis in self.named(name)]
+        twice = sorted({axis for axis in used if used.count(axis) > 1})
+        if twice:
+            names = ", ".join(ACTIVATIONS)
+            raise ValueError(f"--logical-axis-rules: {names} must not share an axis; {twice} is in two of them.")
+
     @property
     def shares_weights(self) -> bool:
         """Whether devices with other samples hold other parts of the weights (fsdp), which are gathered for use."""

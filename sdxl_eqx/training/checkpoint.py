@@ -90,6 +90,8 @@ class Checkpoints:
                 f"{self.folder / str(step)}: does not fit this run's model or optimizer ({str(error)[:300]}). "
                 "Use the flags that made it, or another --run-name."
             ) from error
+        except jax.errors.JaxRuntimeError:  # the device's memory, not the checkpoint
+            raise
         except Exception as error:  # what Orbax raises for damaged arrays has no class of its own
             raise ValueError(
                 f"{self.folder / str(step)}: cannot be read ({str(error)[:200]}). "

@@ -93,7 +93,7 @@ class Batches:
         elif self.failure is None:
             try:
                 self.last = self._read()
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 if jax.process_count() == 1:
                     raise
                 self.failure = error

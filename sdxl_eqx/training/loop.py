@@ -80,7 +80,8 @@ def _train(run: Run, stream: Any, frozen: Any, writer: MetricsWriter) -> Outcome
     start = int(run.state.step)
     schedule = Schedule(run.parts.schedule)
     step_fn = _compile(run)
-    writer.text("config", f"```\n{run.folder.config.read_text()}\n```")
+    if hosts.is_first():
+        writer.text("config", f"```\n{run.folder.config.read_text()}\n```")
     watch = Watch(start=start, total=run.total_steps, log_period=config.metrics.log_period, is_shown=hosts.is_first())
     state = run.state
     position = stream.get_state()

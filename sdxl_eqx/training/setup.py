@@ -124,6 +124,7 @@ def prepare(config: TrainConfig) -> Run | Finished:
     """
     configure_jax(config)
     plan = hosts.together(partial(_Plan.make, config))
+    _check_same_everywhere(plan)
     name = hosts.agree(config.run.run_name or new_name())
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, run_name=name))
     folder = hosts.together(partial(RunFolder.open, config.run.root, name, is_first=hosts.is_first()))
@@ -155,6 +156,7 @@ class _Plan:
         """Read and check the input. No process waits for another one here."""
         devices = choose_hardware(config.run.hardware)
         layout = Layout(make_mesh(config.parallel, devices), config.parallel.logical_axis_rules)
+        layout.check()
         if devices[0].platform == "cpu" and config.model.activations_dtype == "float16":
             raise ValueError(
                 "--activations-dtype float16: XLA has no such matrix products on CPU; use float32 or bfloat16."
@@ -203,12 +205,12 @@ def _open(config: TrainConfig, plan: _Plan, folder: RunFolder) -> Run | Finished
         folder.path, len(plan.source), cut, plan.batch_size, describe(layout.mesh), plan.total_steps,
     )  # fmt: skip
     unet_key, encoders_key, state_key = jr.split(jr.key(config.run.seed), 3)
-    encoders = parts.encoders(config.model, layout, key=encoders_key)
+    encoders = hosts.together(partial(parts.encoders, config.model, layout, key=encoders_key))
     rate = learning_rate(config.optim, total_steps=plan.total_steps, batch_size=plan.batch_size)
     optimizer = make_optimizer(config.optim, rate)
     begin = partial(new_state, optimizer=optimizer, ema=config.optim.ema_decay > 0, key=state_key)
     if step is None:
-        unet = parts.new_unet(config.model, layout, key=unet_key)
+        unet = hosts.together(partial(parts.new_unet, config.model, layout, key=unet_key))
         where = layout.shardings(jax.eval_shape(begin, unet))
         state = jax.jit(begin, out_shardings=where, donate_argnums=0)(unet)
         _warn_if_frozen(state.unet, config)
@@ -223,6 +225,25 @@ def _open(config: TrainConfig, plan: _Plan, folder: RunFolder) -> Run | Finished
         config, folder, checkpoints, layout, compute, plan.encoding, plan.batch_size, plan.total_steps,
         plan.source, parts, encoders, state, optimizer, rate, [] if saved is None else saved.data,
     )  # fmt: skip
+
+
+def _check_same_everywhere(plan: _Plan) -> None:
+    """Refuse processes that would run different programs, or one of them longer than the others."""
+    of_each = hosts.gather_json(
+        {
+            "steps": plan.total_steps,
+            "batch": plan.batch_size,
+            "pictures": len(plan.source),
+            "unet": plan.parts.unet.to_json(),
+        }
+    )
+    for i, one in enumerate(of_each):
+        different = {key: one[key] for key in one if one[key] != of_each[0][key]}
+        if different:
+            raise ValueError(
+                f"process {i} has {different}, process 0 { {key: of_each[0][key] for key in different} }; give all the "
+                "same flags, model and pictures."
+            )
 
 
 def _replica_axis(config: TrainConfig, layout: Layout) -> str | None:

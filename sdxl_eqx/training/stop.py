@@ -15,7 +15,7 @@ log = logging.getLogger("sdxl_eqx")
 
 
 class Stop:
-    """Remembers Ctrl-C and SIGTERM, so that the loop ends after a whole step; a second Ctrl-C ends at once.
+    """Remembers Ctrl-C and SIGTERM, so that the loop ends after a whole step; a second Ctrl-C ends one process at once.
 
     Of several processes, one that is told to stop has all of them stop after the same step: SIGTERM is left to JAX's
     preemption service, which tells the others, and Ctrl-C is turned into it.

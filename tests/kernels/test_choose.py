@@ -155,3 +155,16 @@ def test_heads_folded_into_the_batch_are_the_same_heads(causal):
     arrays = inputs(2, 6, 6 if causal else 5, 3, 8)
     assert_close(run(Folded(seen), arrays, causal=causal), run(dot_product, arrays, causal=causal), 1e-6)
     assert shapes[0] == ((6, 6, 1, 8), (6, arrays[1].shape[1], 1, 8), (6, arrays[1].shape[1], 1, 8))
+
+
+def test_blocks_that_no_kernel_takes_are_an_error_for_auto_too():
+    with pytest.raises(ValueError, match="block_q=100"):
+        choose("auto", "tpu", block_sizes=FlashBlockSizes(block_q=100))
+
+
+def test_auto_says_that_flags_of_flash_have_no_effect_on_what_it_took_and_obeys_them_where_it_took_flash():
+    _, sentence = choose("auto", "gpu", mask_padding=False)
+    assert "the flags of flash have no effect on it" in sentence
+    assert "no effect" not in choose("auto", "gpu")[1]
+    attend, _ = choose("auto", "tpu", min_seq_length=1024)
+    assert isinstance(attend, FromLength) and attend.length == 1024

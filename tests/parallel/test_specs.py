@@ -295,3 +295,30 @@ def test_rows_are_shared_by_tensor_too_so_that_no_axis_shares_nothing():
     one = here(fsdp=2, context=2, tensor=2)
     y = jax.jit(one.place)(jnp.ones((4, 8, 2, 3)))
     assert y.sharding.is_equivalent_to(NamedSharding(one.mesh, P("fsdp", ("context", "tensor"))), 4)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "names", "says"),
+    [
+        (
+            {"data": 2, "fsdp": 2},
+            {"activation_batch": ("data",)},
+            r"activation_batch \['data'\] must have the axis fsdp",
+        ),
+        ({"data": 2}, {"activation_batch": ()}, "must have the axis data too, which the mesh has devices on"),
+        ({"fsdp": 2, "tensor": 2}, {"conv_out": ("fsdp", "tensor")}, "the axis tensor too, which conv_out has devices"),
+        ({"context": 2}, {"conv_in": ("context",)}, "the axis context too, which conv_in has devices on"),
+        ({}, {"activation_length": ("context", "tensor")}, r"must not share an axis; \['tensor'\] is in two of them"),
+    ],
+    ids=["batch without fsdp", "no batch", "conv_out over tensor", "conv_in over context", "tensor twice"],
+)
+def test_rules_under_which_results_would_be_wrong_are_refused(sizes, names, says):
+    with pytest.raises(ValueError, match=says):
+        layout(ruled(**names), **sizes).check()
+
+
+@pytest.mark.parametrize(
+    "names", [{}, {"embed": ()}, {"conv_in": ("fsdp",), "conv_out": ()}, {"heads": ("fsdp",)}], ids=str
+)
+def test_other_rules_are_not(names):
+    layout(ruled(**names), data=2, fsdp=2, context=2, tensor=2).check()
