@@ -4,7 +4,8 @@
 #   bash configs/hosts/tpu_pod.sh                               flags that follow are for all hosts
 #
 # A v6e-16: 16 chips of 32 GB on 4 hosts. Each has a checkout in ~/sdxl_eqx with `pip install -e '.[tpu]'` done in it
-# (the same way, with --worker=all), the pictures, and one folder that all share, such as Filestore at /mnt/runs.
+# (the same way, with --worker=all), and in it `shared`, a folder that all hosts share (such as Filestore), with the
+# pictures; runs go there too.
 #
 # JAX finds the other hosts by the metadata of its VM, so the environment says nothing of them. So it does with several
 # slices asked for together: there the command is `gcloud compute tpus queued-resources ssh ... --node=all`, and
@@ -21,7 +22,7 @@ zone="${ZONE:-us-east5-b}"
 
 train=(
   python scripts/train.py
-  --run-name sdxl --output-dir /mnt/runs --train-data-dir /mnt/pictures
+  --run-name sdxl --output-dir shared/outputs --train-data-dir shared/pictures
   # 2.6 billion weights and their optimizer take 31 GB: each chip holds its share.
   --ici-data-parallelism 1 --ici-fsdp-parallelism -1
   --per-device-batch-size 4 --learning-rate 1e-5 --max-train-steps 20000 --checkpoint-every 64000

@@ -146,12 +146,6 @@ def to_host(tree: T) -> T:
     return jax.tree.map(one, tree)
 
 
-def wait(what: str) -> None:
-    """Until all processes are here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
-
-
 def all_stop(question: int) -> bool:
     """Whether all processes stop here, since one of them was told to by SIGTERM (JAX's preemption service).
 

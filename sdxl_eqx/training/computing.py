@@ -28,7 +28,8 @@ def unet_compute(config: TrainConfig, unet: UNetConfig, layout: Layout, batch_si
         ValueError: where the attention asked for cannot serve, or the mesh does not divide the heads.
     """
     attention, devices = config.attention, layout.mesh.devices
-    levels = [i for i, has in enumerate(unet.attention_levels) if has]
+    # The mid block, at the last level, always has attention.
+    levels = [i for i, has in enumerate(unet.attention_levels) if has or i == len(unet.attention_levels) - 1]
     heads = sorted({unet.heads[i] for i in levels})
     shared = _heads_axes(config, layout)
     if any(n % layout.size(shared) for n in heads):
