@@ -5,8 +5,10 @@ import json
 import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import grain
 import numpy as np
@@ -31,6 +33,23 @@ EncodePictures = Callable[[UInt8[np.ndarray, "b R R 3"]], Moments]
 Text = tuple[Float[np.ndarray, "b s e"], Float[np.ndarray, "b p"]]
 EncodeCaptions = Callable[[Int32[np.ndarray, "b 77"], Int32[np.ndarray, "b 77"]], Text]
 """Ids of both tokenizers -> context and pooled text."""
+
+
+T = TypeVar("T")
+
+
+@runtime_checkable
+class Together(Protocol):
+    """How the processes of a run do something: all raise what one of them raises, or says unlike the others."""
+
+    def __call__(self, work: Callable[[], T], says: Callable[[T], Any] = ..., /) -> T:
+        """What `work` gives, of which every process `says` the same (JSON)."""
+        ...
+
+
+def alone(work: Callable[[], T], says: Callable[[T], Any] = lambda made: None, /) -> T:
+    """As one process does it."""
+    return work()
 
 
 class CachedSource:
@@ -114,16 +133,19 @@ def write_cache(
     bad: BadItems,
     progress: Callable[[int], None] = lambda written: None,
     is_writer: bool = True,
+    together: Together = alone,
 ) -> None:
     """Encode every sample once, one crop each, drawn from `seed` and the sample's index. All or nothing is written.
 
-    Of several processes that encode together, one `is_writer`.
+    Of several processes that encode together, one `is_writer`; what one of them alone may fail in, reading and
+    writing, they do `together`, so that none waits for another that has ended.
 
     The encoders only ever see `batch_size` samples. `progress` is told after each batch how many samples are written.
     Context and pooled text keep float16, and are float32 otherwise.
 
     Raises:
         ValueError: too many pictures are bad, as `BadItems` says.
+        OSError: the file cannot be written.
     """
 
     def encode(items: list[Arrays]) -> Iterator[Arrays]:
@@ -137,38 +159,74 @@ def write_cache(
             outputs["mean_flipped"], outputs["logvar_flipped"] = encode_pictures(inputs["pixels_flipped"])
         return ({name: _storable(array[i]) for name, array in outputs.items()} for i in range(len(items)))
 
-    def write(path: Path) -> None:
-        writer = ArrayRecordWriter(str(path), "group_size:1,zstd:1") if is_writer else None
-        try:
-            written = 0
-            for items in _chunks(_prepared(source, tokenizers, config, seed, bad), batch_size):
-                for record in encode(items):
-                    if writer is not None:
-                        writer.write(safetensors.numpy.save(record))
-                written += len(items)
-                progress(written)
-            if not written:
-                raise bad.error()
-            ids, ids_2 = (tokenize(tokenizer, [""] * batch_size)[0] for tokenizer in tokenizers)
-            context, pooled = encode_captions(ids, ids_2)
-            empty = {"context": _storable(context[0]), "pooled": _storable(pooled[0])}
-            if writer is not None:
-                writer.write(safetensors.numpy.save({**empty, "key": np.frombuffer(bytes.fromhex(key), np.uint8)}))
-        finally:
-            if writer is not None:
-                writer.close()
+    file = together(lambda: _CacheFile(cache_path(folder, key)) if is_writer else None)
 
-    folder.mkdir(parents=True, exist_ok=True)
-    target = cache_path(folder, key)
-    partial = folder / f".{target.stem}-{uuid.uuid4().hex[:8]}.partial"
+    def write(records: Iterable[Arrays]) -> None:
+        if file is not None:
+            file.write(records)
+
     try:
-        write(partial)
-        if is_writer:
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
-            partial.replace(target)
+        written = 0
+        chunks = _chunks(_prepared(source, tokenizers, config, seed, bad), batch_size)
+        while chunk := together(lambda: next(chunks, []), lambda chunk: [index for index, _ in chunk]):
+            together(partial(write, encode([item for _, item in chunk])))
+            written += len(chunk)
+            progress(written)
+        if not written:
+            raise bad.error()
+        ids, ids_2 = (tokenize(tokenizer, [""] * batch_size)[0] for tokenizer in tokenizers)
+        context, pooled = encode_captions(ids, ids_2)
+        last = {"context": _storable(context[0]), "pooled": _storable(pooled[0])}
+        last["key"] = np.frombuffer(bytes.fromhex(key), np.uint8)
+        together(partial(write, [last]))
+        together(lambda: file and file.finish())
     finally:
-        partial.unlink(missing_ok=True)
+        if file is not None:
+            file.discard()
+
+
+class _CacheFile:
+    """A cache that is being written; there is none before it is finished.
+
+    Raises (in every method):
+        OSError: where the disk does not take it.
+    """
+
+    def __init__(self, target: Path):
+        self.target = target
+        self.partial = target.parent / f".{target.stem}-{uuid.uuid4().hex[:8]}.partial"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with self._explained():
+            self.writer = ArrayRecordWriter(str(self.partial), "group_size:1,zstd:1")
+
+    def write(self, records: Iterable[Arrays]) -> None:
+        """Add records."""
+        for record in records:
+            with self._explained():
+                self.writer.write(safetensors.numpy.save(record))
+
+    def finish(self) -> None:
+        """Put the file where it belongs."""
+        with self._explained():
+            self.writer.close()
+        with self.partial.open("rb") as file:
+            os.fsync(file.fileno())
+        self.partial.replace(self.target)
+
+    def discard(self) -> None:
+        """Remove what is not finished."""
+        with suppress(RuntimeError):  # of a writer that failed already
+            self.writer.close()
+        self.partial.unlink(missing_ok=True)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise OSError(
+                f"the cache cannot be written ({error}); free space, or choose another --dataset-save-location."
+            ) from error
 
 
 def cached_reader(caption_dropout: float, random_flip: bool, empty: Arrays) -> Read:
@@ -189,10 +247,10 @@ def _prepared(
     config: DataConfig,
     seed: int,
     bad: BadItems,
-) -> Iterator[Arrays]:
-    """What the encoders need of each good sample, in order; threads read ahead."""
+) -> Iterator[tuple[int, Arrays]]:
+    """Each good sample's index and what the encoders need of it, in order; threads read ahead."""
 
-    def prepare(index: int, example: Any) -> Arrays | BadPicture:
+    def prepare(index: int, example: Any) -> tuple[int, Arrays] | BadPicture:
         try:
             picture = read_picture(example.path)
         except BadPicture as error:
@@ -205,7 +263,7 @@ def _prepared(
         if config.random_flip:
             item["pixels_flipped"], item["time_ids_flipped"] = mirror(square, time_ids)
         (item["input_ids"],), (item["input_ids_2"],) = (tokenize(t, [example.caption])[0] for t in tokenizers)
-        return item
+        return index, item
 
     threads = config.transform_images_num_proc
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
@@ -216,7 +274,7 @@ def _prepared(
             yield item
 
 
-def _chunks(items: Iterable[Arrays], size: int) -> Iterator[list[Arrays]]:
+def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
     chunk = []
     for item in items:
         chunk.append(item)

@@ -70,8 +70,13 @@ def triton_blocks(asked: FlashBlockSizes, l: int, s: int, d: int) -> tuple[Block
     """The blocks for `l` queries and `s` keys of width `d`, and both lengths padded up to them.
 
     Raises:
-        ValueError: where a size is no power of two, or below 16.
+        ValueError: where a size is no power of two, or below 16, or of what this kernel does not have.
     """
+    for name in ("block_kv_compute", "block_kv_dkv_compute"):
+        if getattr(asked, name):
+            raise ValueError(f"flash_block_sizes {name}: is of a TPU's kernel, a GPU's has no such part; leave it out.")
+    if asked.use_fused_bwd_kernel is False:
+        raise ValueError("flash_block_sizes use_fused_bwd_kernel=False: a GPU has the fused one alone; leave it out.")
     for name, size in asked.asked().items():
         if size < SMALLEST or size & (size - 1):
             raise ValueError(f"flash_block_sizes {name}={size}: on a GPU a power of two from {SMALLEST} on.")

@@ -120,11 +120,11 @@ def raise_together(error: Exception | None) -> None:
             raise ValueError(f"process {i}: {text}")
 
 
-def together(make: Callable[[], T]) -> T:
-    """`make()`, or the error of any process that had one.
+def together(make: Callable[[], T], says: Callable[[T], Any] | None = None, /) -> T:
+    """`make()`, or the error of any process that had one; what each `says` of it, if given, must be the same JSON.
 
     Raises:
-        ValueError: with the message of one.
+        ValueError: with the message of one process, or with what one says and the first does not.
     """
     made = error = None
     try:
@@ -132,7 +132,21 @@ def together(make: Callable[[], T]) -> T:
     except (ValueError, OSError) as found:
         error = found
     raise_together(error)
+    if says is not None:
+        same(says(cast(T, made)), "read")
     return cast(T, made)
+
+
+def same(value: Any, what: str) -> None:
+    """Check that all processes have the same JSON value.
+
+    Raises:
+        ValueError: in all of them, where one has another.
+    """
+    of_each = gather_json(value)
+    for i, one in enumerate(of_each):
+        if one != of_each[0]:
+            raise ValueError(f"process {i} has {what} {one}, process 0 {of_each[0]}; give all the same.")
 
 
 def to_host(tree: T) -> T:

@@ -23,7 +23,7 @@ MARGIN = 64 * 2**20
 """Bytes that must stay free beside a checkpoint."""
 
 
-class NotSaved(Exception):
+class NotSaved(ValueError):
     """A checkpoint was not written; those that were there before are whole."""
 
 
@@ -47,14 +47,14 @@ class Checkpoints:
         """Begin to write a checkpoint; returns as soon as the arrays are copied, so the state may be donated.
 
         Raises:
-            NotSaved: where the disk has too little room, or the one before could not be written.
+            NotSaved: where the disk of any process has too little room, or the one before could not be written.
         """
         if step == self.latest():
             return
         self.wait()
         needed = sum(x.nbytes for x in jax.tree.leaves(state) if not _is_key(x)) + MARGIN
-        free = shutil.disk_usage(self.folder).free
-        if not all(hosts.gather_json(free >= needed)):
+        free = min(hosts.gather_json(shutil.disk_usage(self.folder).free))
+        if free < needed:
             raise NotSaved(
                 f"no checkpoint of step {step}: it needs {needed / 2**30:.2f} GiB, {self.folder} has "
                 f"{free / 2**30:.2f} GiB left. The last good checkpoint is that of step {self.latest()}. "
@@ -114,7 +114,18 @@ class Checkpoints:
             return checkpointer.restore(folder, args=ocp.args.PyTreeRestore(wanted, restore_args=args))
 
     def wait(self) -> None:
-        """Until what was begun is written.
+        """Until what was begun is written, by all processes.
+
+        Raises:
+            NotSaved: where any could not.
+        """
+        try:
+            hosts.together(self.wait_here)
+        except ValueError as error:
+            raise NotSaved(str(error)) from error
+
+    def wait_here(self) -> None:
+        """Until what was begun is written, by this process.
 
         Raises:
             NotSaved: where it could not be.

@@ -13,7 +13,7 @@ from sdxl_eqx.kernels.sharded import Sharded
 from sdxl_eqx.models.unet import UNetConfig
 from sdxl_eqx.nn.compute import Compute
 from sdxl_eqx.parallel.specs import Layout
-from sdxl_eqx.training.memory import BY_RECOMPUTATION, step_bytes
+from sdxl_eqx.training.memory import BY_RECOMPUTATION, NONE, Encoding, step_bytes
 
 log = logging.getLogger("sdxl_eqx")
 
@@ -21,21 +21,29 @@ VAE_HEAD = 512
 """Width of the one head of the VAE's attention."""
 
 
-def unet_compute(config: TrainConfig, unet: UNetConfig, layout: Layout, batch_size: int, *, side: int) -> Compute:
-    """How the UNet is computed on these devices.
+def unet_compute(
+    config: TrainConfig, unet: UNetConfig, layout: Layout, batch_size: int, *, side: int, encoders: Encoding = NONE
+) -> Compute:
+    """How the UNet is computed on these devices, for latents of `side` by `side`, beside encoders if they run.
 
     Raises:
         ValueError: where the attention asked for cannot serve, or the mesh does not divide the heads.
     """
-    attention, devices = config.attention, layout.mesh.devices
+    attention, devices, parallel = config.attention, layout.mesh.devices, config.parallel
     # The mid block, at the last level, always has attention.
     levels = [i for i, has in enumerate(unet.attention_levels) if has or i == len(unet.attention_levels) - 1]
     heads = sorted({unet.heads[i] for i in levels})
     shared = _heads_axes(config, layout)
     if any(n % layout.size(shared) for n in heads):
+        flags = [
+            f"--{network}-{axis}-parallelism {size}"
+            for axis in shared
+            for network in ("ici", "dcn")
+            if (size := getattr(parallel, f"{network}_{axis}_parallelism")) != 1
+        ]
         raise ValueError(
-            f"--ici-tensor-parallelism {config.parallel.ici_tensor_parallelism}: the {layout.size(shared)} devices of "
-            f"{' x '.join(shared)} must divide this UNet's {' and '.join(map(str, heads))} heads; take "
+            f"{', '.join(flags)}: the {layout.size(shared)} devices of {' x '.join(shared)} share attention's heads, "
+            f"so they must divide this UNet's {' and '.join(map(str, heads))}; let them be "
             f"{' or '.join(map(str, _divisors(heads)))}."
         )
     attend, sentence = choose(
@@ -52,7 +60,7 @@ def unet_compute(config: TrainConfig, unet: UNetConfig, layout: Layout, batch_si
     log.info("%s", sentence)
     compute = _on(layout, Compute(attend, scan_unroll=attention.scan_unroll))
     if attention.remat_policy == "auto":
-        return _least_remat(config, unet, layout, batch_size, side, compute)
+        return _least_remat(config, unet, layout, batch_size, side, compute, encoders)
     return dataclasses.replace(compute, remat=attention.remat_policy)
 
 
@@ -98,16 +106,24 @@ def _divisors(heads: list[int]) -> list[int]:
 
 
 def _least_remat(
-    config: TrainConfig, unet: UNetConfig, layout: Layout, batch_size: int, side: int, compute: Compute
+    config: TrainConfig,
+    unet: UNetConfig,
+    layout: Layout,
+    batch_size: int,
+    side: int,
+    compute: Compute,
+    encoders: Encoding,
 ) -> Compute:
     """With the policy that computes least again of those that fit the devices, and a line that says which."""
     limit = _memory(layout)
     if limit is None:
         return dataclasses.replace(compute, remat="none")
-    each, needed, chosen = batch_size / layout.mesh.size, 0.0, compute
+    # Not every activation is shared by tensor.
+    each = batch_size / layout.size(layout.batch + layout.axes("activation_length"))
+    needed, chosen = 0.0, compute
     for remat in BY_RECOMPUTATION:
         chosen = dataclasses.replace(compute, remat=remat)
-        needed = step_bytes(config, unet, layout, each, side, chosen)
+        needed = step_bytes(config, unet, layout, each, side, chosen, encoders)
         if needed < limit:
             break
     log.info(

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sdxl_eqx.data.batch import Batch, LatentBatch
@@ -29,8 +28,13 @@ from sdxl_eqx.parallel import hosts
 from sdxl_eqx.parallel.mesh import batch_sharding, own_rows
 from sdxl_eqx.parallel.specs import put
 from sdxl_eqx.training.setup import Run
+from sdxl_eqx.training.step import encode_pixels
 
 log = logging.getLogger("sdxl_eqx")
+
+AT_ONCE = 2 * 1024**2
+"""Pixels that a device encodes at once: the VAE's widest float32 arrays take 0.5 GB for a picture of 1024 x 1024, and
+without a kernel its attention's scores 1 GB."""
 
 
 def feed(run: Run) -> tuple[Any, Encoders | None]:
@@ -60,14 +64,29 @@ def feed(run: Run) -> tuple[Any, Encoders | None]:
     else:
         stream = make_stream(run.source, picture_reader(config.data, run.parts.tokenizers), **common)
         frozen = run.encoders
-    if len(run.data_positions) == jax.process_count():
-        stream.set_state(run.data_positions[jax.process_index()])
-    elif run.data_positions:
-        step = int(run.state.step)
-        stream.set_state(position_after(step, len(common["rows"])))
-        log.info("saved by %d processes, now %d: the data go on at batch %d, whatever was skipped before",
-                 len(run.data_positions), jax.process_count(), step)  # fmt: skip
+    if run.data_positions:
+        _go_on(stream, run, common["rows"])
     return stream, frozen
+
+
+def positions(state: dict[str, Any], run: Run) -> list[dict[str, Any]]:
+    """Of each process, where its stream is in the data, and which rows of a batch it feeds; JSON."""
+    return hosts.gather_json({"stream": state, "rows": own_rows(run.batch_sharding, run.batch_size)})
+
+
+def _go_on(stream: Any, run: Run, rows: list[int]) -> None:
+    """Put a stream where the run was saved."""
+    was = run.data_positions
+    mine = was[jax.process_index()] if len(was) == jax.process_count() else None
+    # Alone, a process reads all samples in their order, whatever the size of a batch.
+    same = mine is not None and (len(was) == 1 or mine["rows"] == rows)
+    if all(hosts.gather_json(same)) and mine is not None:
+        stream.set_state(mine["stream"])
+        return
+    step = int(run.state.step)
+    stream.set_state(position_after(step, len(rows)))
+    log.info("saved by %d processes, now %d, which feed other rows: the data go on at batch %d, whatever was skipped "
+             "before", len(was), jax.process_count(), step)  # fmt: skip
 
 
 class Batches:
@@ -117,6 +136,7 @@ def _cache(run: Run, model_fingerprint: str, bad: BadItems) -> CachedSource:
     config = run.config
     folder = Path(config.data.dataset_save_location or run.folder.path / "cache")
     key = cache_key(run.source, model_fingerprint, config.data, config.run.seed)
+    hosts.same(key, "pictures, captions or encoders of the key")
     cached = hosts.together(partial(open_cache, folder, key))
     if not all(hosts.gather_json(cached is not None)):
         began = time.perf_counter()
@@ -125,9 +145,9 @@ def _cache(run: Run, model_fingerprint: str, bad: BadItems) -> CachedSource:
         write = partial(
             write_cache, run.source, folder, key=key, encode_pictures=encode_pictures, encode_captions=encode_captions,
             tokenizers=run.parts.tokenizers, config=config.data, seed=config.run.seed, batch_size=batch_size, bad=bad,
-            is_writer=hosts.is_first(),
+            is_writer=hosts.is_first(), together=hosts.together,
         )  # fmt: skip
-        hosts.together(write)
+        write()
         cached = open_cache(folder, key)
         if cached is not None:
             log.info("encoded %d samples once in %.1f s: %s", len(cached), time.perf_counter() - began, cached.path)
@@ -138,18 +158,20 @@ def _cache(run: Run, model_fingerprint: str, bad: BadItems) -> CachedSource:
 
 def _encoders(run: Run) -> tuple[EncodePictures, EncodeCaptions, int]:
     """What encodes pictures and captions, and how many at a time: as many as the devices share evenly."""
-    batch_size = max(8 // run.mesh.size, 1) * run.mesh.size
+    each = max(min(8 // run.mesh.size, AT_ONCE // run.config.data.resolution**2), 1)
+    batch_size = each * run.mesh.size
     spread = batch_sharding(run.mesh, run.mesh.axis_names, batch_size)
-    whole = run.layout.whole
+    whole, compute = run.layout.whole, run.encoding
+    enter = run.layout.enter if run.mesh.size > 1 else lambda tree: tree
 
     @partial(jax.jit, out_shardings=whole)
     def pictures(encoders: Encoders, pixels: Any) -> Any:
-        moments = encoders.vae.encode(pixels.astype(jnp.float32) / 127.5 - 1)
+        moments = encode_pixels(encoders.vae, enter(pixels), compute=compute)
         return moments.mean, moments.logvar
 
     @partial(jax.jit, out_shardings=whole)
     def captions(encoders: Encoders, ids: Any, ids_2: Any) -> Any:
-        return encoders.encode_text(ids, ids_2)
+        return encoders.encode_text(*enter((ids, ids_2)), compute=compute)
 
     def encode_pictures(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         mean, logvar = pictures(run.encoders, put(pixels, spread))

@@ -4,7 +4,8 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -19,7 +20,7 @@ from sdxl_eqx.diffusion.schedule import Schedule
 from sdxl_eqx.models.sdxl import SDXL, cast
 from sdxl_eqx.parallel import hosts
 from sdxl_eqx.training.checkpoint import NotSaved
-from sdxl_eqx.training.feed import Batches, feed
+from sdxl_eqx.training.feed import Batches, feed, positions
 from sdxl_eqx.training.flops import unet_training_flops
 from sdxl_eqx.training.metrics import MetricsWriter, Watch
 from sdxl_eqx.training.setup import Run
@@ -56,16 +57,19 @@ def fit(run: Run) -> Outcome:
     Raises:
         RunError: with the reason and the last good checkpoint.
     """
-    try:
-        stream, frozen = hosts.together(partial(feed, run))
-    except (ValueError, OSError) as error:
-        raise RunError(str(error)) from error
     metrics, step = run.config.metrics, int(run.state.step)
-    writer = MetricsWriter(
-        metrics if hosts.is_first() else dataclasses.replace(metrics, write_metrics=False),
+    open_writer = partial(
+        MetricsWriter, metrics if hosts.is_first() else dataclasses.replace(metrics, write_metrics=False),
         file=run.folder.metrics, tensorboard=run.folder.tensorboard, run_name=run.config.run.run_name, start=step,
         finished=run.folder.finished_step == step,
     )  # fmt: skip
+    try:
+        stream, frozen = hosts.together(partial(feed, run))
+        writer = hosts.together(open_writer)
+    except (ValueError, OSError) as error:
+        raise RunError(str(error)) from error
+    except jax.errors.JaxRuntimeError as error:
+        raise _explain(error, run, doing="encoding pictures") from error
     try:
         return _train(run, stream, frozen, writer)
     except jax.errors.JaxRuntimeError as error:
@@ -84,7 +88,7 @@ def _train(run: Run, stream: Any, frozen: Any, writer: MetricsWriter) -> Outcome
         writer.text("config", f"```\n{run.folder.config.read_text()}\n```")
     watch = Watch(start=start, total=run.total_steps, log_period=config.metrics.log_period, is_shown=hosts.is_first())
     state = run.state
-    position = stream.get_state()
+    at = stream.get_state()
     meter = _Meter(run, writer, watch)
 
     batches = Batches(stream)
@@ -92,7 +96,7 @@ def _train(run: Run, stream: Any, frozen: Any, writer: MetricsWriter) -> Outcome
         with watch:
             for n in range(start + 1, run.total_steps + 1):
                 batch = _explained(batches.next, run)
-                position = stream.get_state()
+                at = stream.get_state()
                 state, metrics = step_fn(state, frozen, _to_devices(batch, run), schedule)
                 # Read while the device works on this step: the loop never waits for the step it just began.
                 meter.flush()
@@ -107,12 +111,12 @@ def _train(run: Run, stream: Any, frozen: Any, writer: MetricsWriter) -> Outcome
                 if _due(n, config.checkpoint.checkpoint_every, run.batch_size):
                     _explained(batches.raise_failure, run)
                     meter.flush()
-                    _save(run, n, state, position)
+                    _save(run, n, state, at)
                     meter.restart()
             meter.flush()
         _explained(batches.raise_failure, run)
         step = int(state.step)
-        if not (_save(run, step, state, position) and _written(run)):
+        if not (_save(run, step, state, at) and _written(run)):
             raise RunError(f"the checkpoint of step {step}, where the run stopped, could not be saved.")
         retrieval = None if stop.now() else _finish(run, step, state, writer, stop)
     return Outcome(step, stop.signal, retrieval)
@@ -149,10 +153,10 @@ def _due(n: int, every: int, batch_size: int) -> bool:
     return every > 0 and n * batch_size // every > (n - 1) * batch_size // every
 
 
-def _save(run: Run, n: int, state: TrainState, position: dict[str, Any]) -> bool:
+def _save(run: Run, n: int, state: TrainState, at: dict[str, Any]) -> bool:
     """Whether a checkpoint of step n is being written; a full disk costs that one alone, and is said loudly."""
     try:
-        run.checkpoints.save(n, state, run.saved(hosts.gather_json(position)))
+        run.checkpoints.save(n, state, run.saved(positions(at, run)))
     except (NotSaved, OSError) as error:
         log.error("%s", error)
         return False
@@ -170,19 +174,25 @@ def _written(run: Run) -> bool:
 
 
 def _last_good(run: Run) -> str:
-    _written(run)
+    try:
+        run.checkpoints.wait_here()  # what is said of an error may be said by one process alone
+    except NotSaved as error:
+        log.error("%s", error)
     step = run.checkpoints.latest()
     return "No checkpoint was written." if step is None else f"The last good checkpoint is that of step {step}."
 
 
-def _explain(error: Exception, run: Run) -> Exception:
+def _explain(error: Exception, run: Run, *, doing: str = "training") -> Exception:
     if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
         return error
-    return RunError(
-        f"out of memory: --per-device-batch-size {run.config.optim.per_device_batch_size:g} with --remat-policy "
-        f"{run.compute.remat} does not fit. Halve the batch, use --remat-policy full, or share the weights with "
-        f"--ici-fsdp-parallelism. {_last_good(run)} ({str(error).splitlines()[0][:200]})"
+    what = (
+        f"--per-device-batch-size {run.config.optim.per_device_batch_size:g} with --remat-policy {run.compute.remat} "
+        "does not fit. Halve the batch, use --remat-policy full, or share the weights with --ici-fsdp-parallelism."
+        if doing == "training"
+        else f"{doing} of --resolution {run.config.data.resolution} does not fit beside the state; share the weights "
+        "with --ici-fsdp-parallelism, take smaller --moments-dtype bfloat16, or a lower resolution."
     )
+    return RunError(f"out of memory: {what} {_last_good(run)} ({str(error).splitlines()[0][:200]})")
 
 
 def _show(run: Run, n: int, state: TrainState, writer: MetricsWriter) -> None:
@@ -197,11 +207,21 @@ def _show(run: Run, n: int, state: TrainState, writer: MetricsWriter) -> None:
     if not hosts.is_first():
         return
     sheet = grid(pictures)
-    run.folder.samples.mkdir(exist_ok=True)
     file = run.folder.samples / f"step_{n:06d}.png"
-    sheet.save(file)
+    with _without("samples"):
+        file.parent.mkdir(exist_ok=True)
+        sheet.save(file)
+        log.info("step %d: samples in %s", n, file)
     writer.picture("samples", np.asarray(sheet), n)
-    log.info("step %d: samples in %s", n, file)
+
+
+@contextmanager
+def _without(what: str) -> Iterator[None]:
+    """What training can do without: a full disk is said, and costs nothing else."""
+    try:
+        yield
+    except OSError as error:
+        log.error("no %s: %s", what, error)
 
 
 def _drawn(run: Run, state: TrainState, prompts: Sequence[str]) -> np.ndarray | None:
@@ -252,7 +272,8 @@ def _retrieve(run: Run, step: int, state: TrainState, writer: MetricsWriter) -> 
     if pictures is None:
         return None
     if hosts.is_first():
-        save_pictures(pictures, run.folder.evaluation)
+        with _without("pictures of caption retrieval"):
+            save_pictures(pictures, run.folder.evaluation)
     retrieval = caption_retrieval(pictures, run.source, run.config.data.resolution)
     writer.write(step, {"eval/caption_retrieval": retrieval})
     log.info(

@@ -1,6 +1,7 @@
 """About how much memory a step takes, before it is compiled: what `remat_policy auto` goes by."""
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import equinox as eqx
@@ -10,11 +11,13 @@ import jax.random as jr
 from jaxtyping import Array
 
 from sdxl_eqx.config import TrainConfig
+from sdxl_eqx.loading import ModelParts
 from sdxl_eqx.models.sdxl import cast
 from sdxl_eqx.models.unet import UNet, UNetConfig
 from sdxl_eqx.nn.compute import Compute
 from sdxl_eqx.nn.remat import Remat
 from sdxl_eqx.parallel.specs import Layout
+from sdxl_eqx.weights.skeletons import skeleton
 
 BY_RECOMPUTATION: tuple[Remat, ...] = ("none", "dots", "attention", "full")
 """Policies, from that which computes least again on. offload keeps as much as dots and waits for the host."""
@@ -24,8 +27,35 @@ MARGIN = 1.15
 for an H100 at batch 8 took 0.8 GB (full, dots) to 1.9 GB (attention) more than without it."""
 
 
+@dataclass(frozen=True)
+class Encoding:
+    """What encoders take on a device where they run in the step."""
+
+    weights: float = 0.0
+    """Bytes, all the time."""
+    each: float = 0.0
+    """Bytes a picture, while it is encoded: before there is anything of the UNet."""
+
+    @classmethod
+    def of(cls, parts: ModelParts, layout: Layout, resolution: int) -> "Encoding":
+        """That of a model's encoders, in float32."""
+        names = ("vae", "text_encoder", "text_encoder_2")
+        weights = sum(_elements(skeleton(name, parts.model.configs[name]), layout) for name in names)
+        # The VAE's first residual block: its input, what is normed, what is convolved, and their sum.
+        return cls(4.0 * weights, 4 * 4.0 * parts.vae.block_out_channels[0] * resolution**2)
+
+
+NONE = Encoding()
+
+
 def step_bytes(
-    config: TrainConfig, unet: UNetConfig, layout: Layout, batch: float, side: int, compute: Compute
+    config: TrainConfig,
+    unet: UNetConfig,
+    layout: Layout,
+    batch: float,
+    side: int,
+    compute: Compute,
+    encoders: Encoding = NONE,
 ) -> float:
     """Bytes that a step takes on each device, for so many samples a device and latents of `side` by `side`.
 
@@ -33,18 +63,21 @@ def step_bytes(
     what the backward pass needs of the forward pass.
     """
     shapes = eqx.filter_eval_shape(UNet, unet, key=jr.key(0))
-    shares = layout.shardings(shapes)
-    parameters = sum(
-        math.prod(sharding.shard_shape(leaf.shape))
-        for leaf, sharding in zip(jax.tree.leaves(shapes), jax.tree.leaves(shares), strict=True)
-    )
+    parameters = _elements(shapes, layout)
     dtype = jnp.dtype(config.model.activations_dtype)
     stored = jnp.dtype(config.model.weights_dtype).itemsize + 2 * jnp.dtype(config.optim.moments_dtype).itemsize
     stored += 4 if config.optim.ema_decay > 0 else 0
     # The difference of two batches: weights that the backward pass needs are counted above.
     one, two = (kept_bytes(cast_shapes(shapes, dtype), n * layout.size(layout.batch), side, compute) for n in (1, 2))
     activations = (two - one) / layout.size(layout.batch)
-    return parameters * (stored + 2 * dtype.itemsize) + MARGIN * activations * batch
+    computing = max(parameters * 2 * dtype.itemsize + MARGIN * activations * batch, encoders.each * batch)
+    return parameters * stored + encoders.weights + computing
+
+
+def _elements(shapes: Any, layout: Layout) -> int:
+    """Elements of arrays on each device."""
+    leaves = zip(jax.tree.leaves(shapes), jax.tree.leaves(layout.shardings(shapes)), strict=True)
+    return sum(math.prod(sharding.shard_shape(leaf.shape)) for leaf, sharding in leaves)
 
 
 def kept_bytes(unet: UNet, batch: int, side: int, compute: Compute) -> int:

@@ -4,8 +4,9 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -41,7 +42,10 @@ def _stays(line: str, step: int, run_name: str, finished: bool) -> bool:
 
 
 class MetricsWriter:
-    """Writes records to the run's files; `start` is the step that the run begins after, `finished` there or not."""
+    """Writes records to the run's files; `start` is the step that the run begins after, `finished` there or not.
+
+    A disk that becomes full is said once, and training goes on: no process of a run may end alone.
+    """
 
     def __init__(
         self, config: MetricsConfig, *, file: Path, tensorboard: Path, run_name: str, start: int, finished: bool = False
@@ -50,6 +54,7 @@ class MetricsWriter:
         self.log_period = config.log_period
         self.files = []
         self.board = None
+        self.is_full = False
         if config.write_metrics:
             copies = [Path(config.metrics_file)] if config.metrics_file else []
             for path in [file, *copies]:
@@ -63,12 +68,12 @@ class MetricsWriter:
         shown = {k: v if math.isfinite(v) else str(v) for k, v in values.items()}
         line = json.dumps({"step": step, "run_name": self.run_name, **shown})
         for file in self.files:
-            file.write(f"{line}\n")
+            self._try(file.write, f"{line}\n")
         if self.board is not None:
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)
             if step % self.log_period == 0:
-                self.board.flush()
+                self._try(self.board.flush)
 
     def text(self, name: str, value: str) -> None:
         """A text on TensorBoard."""
@@ -83,9 +88,17 @@ class MetricsWriter:
     def close(self) -> None:
         """Write what is left."""
         for file in self.files:
-            file.close()
+            self._try(file.close)
         if self.board is not None:
-            self.board.close()
+            self._try(self.board.close)
+
+    def _try(self, write: Callable[..., Any], *values: Any) -> None:
+        try:
+            write(*values)
+        except OSError as error:
+            if not self.is_full:
+                log.error("metrics are not written: %s", error)
+            self.is_full = True
 
 
 class Watch:

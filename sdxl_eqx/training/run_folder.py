@@ -95,6 +95,11 @@ class RunFolder:
         """The resolved config, which `--config` reads back."""
         return self.path / "config.yaml"
 
+    def write_config(self, text: str) -> None:
+        """Write the resolved config, by the process that holds the folder."""
+        if self.lock is not None:
+            self.config.write_text(text, encoding="utf-8")
+
     def close(self) -> None:
         """Let other processes in."""
         if self.lock is not None:

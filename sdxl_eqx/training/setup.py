@@ -30,6 +30,7 @@ from sdxl_eqx.parallel.mesh import batch_sharding, describe, global_batch_size, 
 from sdxl_eqx.parallel.specs import ACTIVATIONS, WEIGHTS, Layout
 from sdxl_eqx.training.checkpoint import Checkpoints, Saved
 from sdxl_eqx.training.computing import encoding_compute, unet_compute
+from sdxl_eqx.training.memory import NONE, Encoding
 from sdxl_eqx.training.optimizer import learning_rate, make_optimizer
 from sdxl_eqx.training.run_folder import RunFolder, new_name
 from sdxl_eqx.training.state import TrainState, new_state
@@ -177,7 +178,10 @@ class _Plan:
             total_steps = math.ceil(config.optim.num_train_epochs * len(source) / batch_size)
         parts = ModelParts.read(config.model, config.diffusion_scheduler_config, token=data.hf_access_token)
         _check_resolution(data.resolution, parts)
-        compute = unet_compute(config, parts.unet, layout, batch_size, side=data.resolution // parts.vae.downscale)
+        compute = unet_compute(
+            config, parts.unet, layout, batch_size, side=data.resolution // parts.vae.downscale,
+            encoders=NONE if data.cache_latents_text_encoder_outputs else Encoding.of(parts, layout, data.resolution),
+        )  # fmt: skip
         return cls(layout, batch_size, total_steps, source, parts, compute, encoding_compute(config, layout))
 
 
@@ -190,7 +194,7 @@ def _open(config: TrainConfig, plan: _Plan, folder: RunFolder) -> Run | Finished
         broadcast_over=_replica_axis(config, layout),
     )
     step = checkpoints.latest()
-    saved = None if step is None else checkpoints.saved(step)
+    saved = None if step is None else hosts.together(partial(checkpoints.saved, step))
     if step is not None and saved is not None:
         _check_same_model(saved, parts, folder)
         _check_same_flags(saved, config)
@@ -215,10 +219,9 @@ def _open(config: TrainConfig, plan: _Plan, folder: RunFolder) -> Run | Finished
         state = jax.jit(begin, out_shardings=where, donate_argnums=0)(unet)
         _warn_if_frozen(state.unet, config)
     else:
-        state = checkpoints.restore(step, _state_shapes(parts, config, begin, layout))
+        state = hosts.together(partial(checkpoints.restore, step, _state_shapes(parts, config, begin, layout)))
         log.info("resuming %s at step %d of %d", folder.path, step, plan.total_steps)
-    if hosts.is_first():
-        folder.config.write_text(to_yaml(config), encoding="utf-8")
+    hosts.together(partial(folder.write_config, to_yaml(config)))
     # Memory differs by a few bytes from host to host, the program may not.
     compute = dataclasses.replace(plan.compute, remat=hosts.agree(plan.compute.remat))
     return Run(
@@ -229,21 +232,13 @@ def _open(config: TrainConfig, plan: _Plan, folder: RunFolder) -> Run | Finished
 
 def _check_same_everywhere(plan: _Plan) -> None:
     """Refuse processes that would run different programs, or one of them longer than the others."""
-    of_each = hosts.gather_json(
-        {
-            "steps": plan.total_steps,
-            "batch": plan.batch_size,
-            "pictures": len(plan.source),
-            "unet": plan.parts.unet.to_json(),
-        }
-    )
-    for i, one in enumerate(of_each):
-        different = {key: one[key] for key in one if one[key] != of_each[0][key]}
-        if different:
-            raise ValueError(
-                f"process {i} has {different}, process 0 { {key: of_each[0][key] for key in different} }; give all the "
-                "same flags, model and pictures."
-            )
+    for what, value in (
+        ("steps", plan.total_steps),
+        ("samples a step", plan.batch_size),
+        ("pictures", len(plan.source)),
+        ("a UNet of", plan.parts.unet.to_json()),
+    ):
+        hosts.same(value, what)
 
 
 def _replica_axis(config: TrainConfig, layout: Layout) -> str | None:

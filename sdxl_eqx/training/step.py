@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optax
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
 from sdxl_eqx.arrays import Scalar
 from sdxl_eqx.data.batch import Batch, LatentBatch
@@ -17,7 +17,7 @@ from sdxl_eqx.diffusion.loss import denoising_loss, draw
 from sdxl_eqx.diffusion.schedule import Schedule
 from sdxl_eqx.models.sdxl import Conditioning, Encoders, cast
 from sdxl_eqx.models.unet import UNet
-from sdxl_eqx.models.vae import Moments
+from sdxl_eqx.models.vae import VAE, Moments
 from sdxl_eqx.nn.compute import Compute
 from sdxl_eqx.parallel.specs import Layout
 from sdxl_eqx.training.state import TrainState
@@ -54,9 +54,7 @@ def encode(
         moments = Moments(jnp.asarray(batch.mean), jnp.asarray(batch.logvar))
         context, pooled = jnp.asarray(batch.context), jnp.asarray(batch.pooled)
     elif frozen is not None:
-        pixels = jnp.asarray(batch.pixels).astype(jnp.float32) / 127.5 - 1
-        vae = frozen.vae if config.encoding.gather is None else config.encoding.gather(frozen.vae)
-        moments = vae.encode(pixels, compute=dataclasses.replace(config.encoding, gather=None))
+        moments = encode_pixels(frozen.vae, jnp.asarray(batch.pixels), compute=config.encoding)
         context, pooled = frozen.encode_text(
             jnp.asarray(batch.input_ids), jnp.asarray(batch.input_ids_2), compute=config.encoding
         )
@@ -65,6 +63,12 @@ def encode(
     latents = moments.sample(key=key) * config.scaling_factor
     cond = Conditioning(context.astype(config.dtype), pooled.astype(config.dtype), jnp.asarray(batch.time_ids))
     return latents, cond
+
+
+def encode_pixels(vae: VAE, pixels: UInt8[Array, "b H W c"], *, compute: Compute) -> Moments:
+    """The posterior of sRGB pixels in 0..255, with the VAE's weights gathered once for all of its layers."""
+    vae = vae if compute.gather is None else compute.gather(vae)
+    return vae.encode(pixels.astype(jnp.float32) / 127.5 - 1, compute=dataclasses.replace(compute, gather=None))
 
 
 def train_step(

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from sdxl_eqx.config import DataConfig
+from sdxl_eqx.data import cache
 from sdxl_eqx.data.assets import resolve
 from sdxl_eqx.data.batch import LatentBatch
 from sdxl_eqx.data.cache import cache_key, cache_path, cached_reader, open_cache, write_cache
@@ -185,6 +186,43 @@ def test_a_process_that_does_not_write_encodes_all_the_same_and_leaves_nothing(s
     told = []
     assert write(source, tmp_path / "cache", tokenizers, is_writer=False, progress=told.append) is None
     assert told == [4, 8, 10]
+    assert not (tmp_path / "cache").exists()
+
+
+def test_what_processes_read_must_be_the_same_and_comes_before_it_is_encoded(source, tmp_path, tokenizers):
+    source[5].path.write_bytes(b"torn")
+    read = []
+
+    def together(work, says=lambda made: None):
+        made = work()
+        if isinstance(said := says(made), list) and said:
+            read.append(said)
+            if len(read) == 3:
+                raise ValueError("process 1 has read [8]")
+        return made
+
+    with pytest.raises(ValueError, match="process 1 has read"):
+        write(source, tmp_path / "cache", tokenizers, together=together)
+    assert read == [[0, 1, 2, 3], [4, 6, 7, 8], [9]]
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize("fails_in", ["write", "close"])
+def test_a_disk_that_is_full_is_an_error_with_a_remedy_and_leaves_nothing(
+    fails_in, source, tmp_path, tokenizers, monkeypatch
+):
+    class Full(cache.ArrayRecordWriter):
+        def write(self, record: bytes) -> None:
+            if fails_in == "write":
+                raise RuntimeError("No space left on device")
+
+        def close(self) -> None:
+            if fails_in == "close":
+                raise RuntimeError("No space left on device")
+
+    monkeypatch.setattr(cache, "ArrayRecordWriter", Full)
+    with pytest.raises(OSError, match=r"cannot be written \(No space left on device\); free space, or"):
+        write(source, tmp_path / "cache", tokenizers)
     assert list((tmp_path / "cache").iterdir()) == []
 
 

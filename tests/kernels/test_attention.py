@@ -120,6 +120,8 @@ def test_keys_that_fill_their_blocks_need_no_segments():
         ("splash", {"use_fused_bwd_kernel": True, "block_q_dq": 128}, "leave out block_q_dq and block_kv_dq"),
         ("triton", {"block_kv": 96}, "block_kv=96: on a GPU a power of two from 16"),
         ("triton", {"block_q": 8}, "block_q=8: on a GPU a power of two from 16"),
+        ("triton", {"block_kv_compute": 64}, "block_kv_compute: is of a TPU's kernel, .* leave it out"),
+        ("triton", {"use_fused_bwd_kernel": False}, "=False: a GPU has the fused one alone; leave it out"),
     ],
 )
 def test_blocks_that_do_not_fit_are_refused_before_anything_is_traced(kernel, sizes, says):

@@ -186,6 +186,14 @@ def test_texts_of_any_length_come_from_all_processes_in_their_order(monkeypatch)
         hosts.raise_together(None)
 
 
+def test_what_processes_made_must_be_the_same(monkeypatch):
+    assert hosts.together(lambda: 3, lambda made: [made]) == 3
+    monkeypatch.setattr(hosts, "gather_texts", lambda text: [text, text] if text == "" else [text, "[4]"])
+    assert hosts.together(lambda: 4, lambda made: [made]) == 4
+    with pytest.raises(ValueError, match=r"^process 1 has read \[4\], process 0 \[3\]; give all the same\.$"):
+        hosts.together(lambda: 3, lambda made: [made])
+
+
 def test_shared_arrays_come_whole_into_the_memory_of_a_host():
     x = np.arange(16.0).reshape(8, 2)
     shared = jax.device_put(x, NamedSharding(jax.make_mesh((8,), ("data",)), P("data")))

@@ -217,7 +217,9 @@ def test_one_process_goes_on_where_two_stopped_and_says_where_in_the_data(
     (step,) = checkpoints(stopped.folder)
     shutil.copytree(stopped.folder, train.root / "fewer")
     ended = finish(train, "fewer", flags)
-    assert f"saved by 2 processes, now 1: the data go on at batch {step}" in ended.outputs[0], ended
+    assert f"saved by 2 processes, now 1, which feed other rows: the data go on at batch {step}" in ended.outputs[0], (
+        ended
+    )
     np.testing.assert_allclose(losses(ended), losses(alone), rtol=TOLERANCE)
 
 

@@ -9,18 +9,19 @@ import jax.random as jr
 import pytest
 from tiny_step import UNET
 
-from sdxl_eqx.config import AttentionConfig, ParallelConfig, TrainConfig
+from sdxl_eqx.config import AttentionConfig, DiffusionSchedulerConfig, ModelConfig, ParallelConfig, TrainConfig
 from sdxl_eqx.kernels.attention import dot_product
 from sdxl_eqx.kernels.choose import Folded, FromLength
 from sdxl_eqx.kernels.flash import Flash
 from sdxl_eqx.kernels.sharded import Sharded
+from sdxl_eqx.loading import ModelParts
 from sdxl_eqx.models.unet import UNet
 from sdxl_eqx.nn.compute import Compute
 from sdxl_eqx.parallel.mesh import make_mesh
 from sdxl_eqx.parallel.specs import Layout
 from sdxl_eqx.training import computing
 from sdxl_eqx.training.computing import encoding_compute, unet_compute
-from sdxl_eqx.training.memory import BY_RECOMPUTATION, kept_bytes, step_bytes
+from sdxl_eqx.training.memory import BY_RECOMPUTATION, NONE, Encoding, kept_bytes, step_bytes
 
 
 def config(parallel: ParallelConfig | None = None, **attention: Any) -> TrainConfig:
@@ -61,7 +62,7 @@ def test_on_a_mesh_attention_is_shared_and_weights_are_gathered_where_fsdp_share
     parallel = ParallelConfig(ici_fsdp_parallelism=2, ici_context_parallelism=2, ici_tensor_parallelism=2)
     asked = config(parallel, attention_sharding_uniform=uniform)
     if not uniform:  # the two heads would be shared by context and tensor
-        with pytest.raises(ValueError, match=r"the 4 devices of tensor x context must divide this UNet's 2 heads"):
+        with pytest.raises(ValueError, match=r"the 4 devices of tensor x context share .* this UNet's 2;"):
             chosen(asked, 8)
         return
     compute, where = chosen(asked, 8), layout(asked, 8)
@@ -73,7 +74,9 @@ def test_on_a_mesh_attention_is_shared_and_weights_are_gathered_where_fsdp_share
 
 def test_heads_that_tensor_does_not_divide_are_refused():
     asked = config(ParallelConfig(ici_tensor_parallelism=4))
-    with pytest.raises(ValueError, match=r"--ici-tensor-parallelism 4: the 4 devices .* 2 heads; take 1 or 2"):
+    with pytest.raises(
+        ValueError, match=r"--ici-tensor-parallelism 4: the 4 devices .* this UNet's 2; let them be 1 or 2"
+    ):
         chosen(asked, 4)
 
 
@@ -96,6 +99,40 @@ def test_more_devices_by_fsdp_and_smaller_moments_take_less_memory_each():
 
     assert size(eight, 8) < 0.2 * size(one, 1)
     assert size(bf16, 1) == pytest.approx(12 / 16 * size(one, 1))
+
+
+@pytest.mark.parametrize(("axis", "share"), [("data", 4), ("fsdp", 4), ("context", 4), ("tensor", 8)])
+def test_auto_counts_the_samples_of_a_device_and_all_that_tensor_may_leave_whole(axis, share, monkeypatch):
+    sizes: Any = {"ici_data_parallelism": 1, f"ici_{axis}_parallelism": 2}
+    asked = config(ParallelConfig(**sizes))
+    seen = []
+    monkeypatch.setattr(computing, "_memory", lambda _: 10**9)
+    monkeypatch.setattr(computing, "step_bytes", lambda *values: seen.append(values[3]) or 0.0)
+    assert chosen(asked, 2).remat == "none"
+    assert seen == [share]
+
+
+def test_encoders_that_run_in_the_step_take_their_weights_and_what_they_need_before_the_unet():
+    asked, beside = config(), Encoding(weights=1e9, each=5e8)
+
+    def needed(batch: float, encoders: Encoding) -> float:
+        return step_bytes(asked, UNET, layout(asked, 1), batch, 8, Compute(), encoders)
+
+    assert needed(0.0, beside) == needed(0.0, NONE) + 1e9
+    parameters = 12 * needed(0.0, NONE) / 16  # without what is cast and its gradient
+    assert needed(8.0, beside) == pytest.approx(parameters + 1e9 + 8 * 5e8)
+
+
+def test_the_encoders_of_a_model_are_counted_as_they_are_laid_out():
+    model, schedule = ModelConfig("asset:tiny-sdxl", train_new_unet=True), DiffusionSchedulerConfig()
+    parts = ModelParts.read(model, schedule, token="")
+    one = layout(config(), 1)
+    encoders = jax.eval_shape(
+        lambda: parts.encoders(dataclasses.replace(model, new_text_encoders=True), one, key=jr.key(0))
+    )
+    found = Encoding.of(parts, one, 64)
+    assert found.weights == sum(4 * leaf.size for leaf in jax.tree.leaves(encoders))
+    assert found.each == 4 * 4 * 64 * 64 * parts.vae.block_out_channels[0]
 
 
 @pytest.mark.parametrize(("share", "remat"), [(2.0, "none"), (0.0, "full")])

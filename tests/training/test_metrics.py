@@ -2,6 +2,7 @@ import io
 import json
 import logging
 import math
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -95,6 +96,19 @@ def test_a_resumed_run_writes_after_what_it_kept(tmp_path):
         metrics.close()
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(r["step"], r["learning/loss"]) for r in records] == [(1, 0.1), (2, 0.2), (3, 2.3), (4, 2.4)]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+def test_a_full_disk_is_said_once_and_training_goes_on(tmp_path, caplog):
+    metrics = writer(tmp_path)
+    metrics.files[0].close()
+    with open("/dev/full", "a", buffering=1) as full:
+        metrics.files = [full]
+        for n in (1, 2):
+            metrics.write(n, {"learning/loss": 0.5})
+        metrics.close()
+        (said,) = [record.getMessage() for record in caplog.records]
+        assert "metrics are not written: [Errno 28] No space left on device" in said
 
 
 def test_nothing_is_written_where_nothing_is_asked_for(tmp_path):
