@@ -3,6 +3,7 @@
 import shlex
 import sys
 
+from sdxl_eqx.config import ReportConfig
 from sdxl_eqx.console import talk
 from sdxl_eqx.flags import parse
 
@@ -13,6 +14,10 @@ def main() -> int:
     config = parse(sys.argv[1:])
 
     # Imported here, so that --help and wrong flags answer at once.
+    if config.parallel.compile_topology:
+        from sdxl_eqx.training.report import answer
+
+        return answer(config, ReportConfig())
     from sdxl_eqx.training.loop import RunError, fit
     from sdxl_eqx.training.setup import Finished, begin_jax, prepare
 

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import equinox as eqx
 import jax
 import jax.random as jr
 import numpy as np
@@ -23,7 +24,7 @@ from sdxl_eqx.models.clip import CLIPText, CLIPTextConfig
 from sdxl_eqx.models.hf_config import WRONG
 from sdxl_eqx.models.sdxl import Encoders, cast
 from sdxl_eqx.models.unet import UNet, UNetConfig
-from sdxl_eqx.models.vae import VAEConfig
+from sdxl_eqx.models.vae import VAE, VAEConfig
 from sdxl_eqx.parallel.specs import Layout, put
 from sdxl_eqx.weights.model import PARTS, Model
 from sdxl_eqx.weights.open import Source, open_model
@@ -39,23 +40,60 @@ MODEL_FLAG, UNET_FLAG = "--pretrained-model-name-or-path", "--unet-checkpoint"
 
 
 @dataclass(frozen=True)
-class ModelParts:
+class ModelShapes:
+    """The shapes of a model's parts, and its schedule."""
+
+    unet: UNetConfig
+    vae: VAEConfig
+    text: CLIPTextConfig
+    text_2: CLIPTextConfig
+    schedule: ScheduleConfig
+
+    @classmethod
+    def sdxl_base(cls, scheduler: DiffusionSchedulerConfig) -> "ModelShapes":
+        """stabilityai/stable-diffusion-xl-base-1.0, with what is changed of its schedule."""
+        changed = {k: v for k, v in dataclasses.asdict(scheduler).items() if v}
+        schedule = ScheduleConfig.from_json({**ScheduleConfig().to_json(), **changed})
+        text, text_2 = CLIPTextConfig.sdxl_base(), CLIPTextConfig.sdxl_base_2()
+        return cls(UNetConfig.sdxl_base(), VAEConfig.sdxl_base(), text, text_2, schedule)
+
+    def encoder_shapes(self) -> Encoders:
+        """VAE and text encoders, float32 shapes in place of arrays."""
+        key = jr.key(0)
+        return eqx.filter_eval_shape(
+            lambda: Encoders(CLIPText(self.text, key=key), CLIPText(self.text_2, key=key), VAE(self.vae, key=key))
+        )
+
+    def check_resolution(self, resolution: int) -> None:
+        """Check that the levels of VAE and UNet divide a picture's side.
+
+        Raises:
+            ValueError: with what they divide by.
+        """
+        multiple = self.vae.downscale * 2 ** (len(self.unet.block_out_channels) - 1)
+        if resolution % multiple:
+            raise ValueError(
+                f"--resolution {resolution}: this model divides sides by {multiple}; use a multiple of {multiple}."
+            )
+
+
+@dataclass(frozen=True)
+class ModelParts(ModelShapes):
     """A model, read but for its weights."""
 
     name: str
     """File or folder, for errors."""
     variant: str
     model: Model
-    unet: UNetConfig
-    vae: VAEConfig
-    text: CLIPTextConfig
-    text_2: CLIPTextConfig
-    schedule: ScheduleConfig
     tokenizers: Tokenizers
 
     @classmethod
-    def read(cls, config: ModelConfig, scheduler: DiffusionSchedulerConfig, *, token: str) -> "ModelParts":
+    def read(
+        cls, config: ModelConfig, scheduler: DiffusionSchedulerConfig, *, token: str, with_weights: bool = True
+    ) -> "ModelParts":
         """Read the configs and tokenizers of the model that the config names, and check that they go together.
+
+        Without `with_weights` the Hub is asked for no more than these.
 
         Raises:
             ValueError: naming the file or flag, the value and the remedy.
@@ -64,7 +102,8 @@ class ModelParts:
         name = config.pretrained_model_name_or_path
         source = Source(located(name), MODEL_FLAG, config.revision, token, config.variant, from_pt=config.from_pt)
         other_unet = config.train_new_unet or config.unet_checkpoint
-        model = open_model(source, parts=[part for part in PARTS if part != "unet" or not other_unet])
+        parts = [part for part in PARTS if part != "unet" or not other_unet] if with_weights else []
+        model = open_model(source, parts=parts)
         if not model.configs.keys() - {"unet"}:
             raise ValueError(
                 f"{MODEL_FLAG} {name!r}: holds a UNet alone; name a whole model there, and this with {UNET_FLAG}."

@@ -41,6 +41,7 @@ BAD: dict[str, list[Any]] = {
     "ema_decay": [-0.1, 1.0, math.nan],
     "ema_every": [0],
     "train_data_dir": [""],
+    "compile_topology_num_slices": [0, -2],
     "resolution": [0, 4, -8, 12],
     "max_train_samples": [0, -2],
     "transform_images_num_proc": [0],

@@ -535,6 +535,7 @@ OFF = {
     },
     "mask_padding_tokens": ({"attention": "cudnn_flash_te"}, "--attention flash or auto"),
     "attention_sharding_uniform": ({}, "--ici-context-parallelism"),
+    "compile_topology_num_slices": ({}, "--compile-topology"),
     "unet_checkpoint": ({"train_new_unet": True}, "--train-new-unet"),
     "revision": ({"pretrained_model_name_or_path": "asset:tiny-sdxl"}, "--pretrained-model-name-or-path"),
     "learning_rate_schedule_steps": ({}, "--lr-schedule"),
@@ -558,6 +559,7 @@ OFF = {
 
 ON = {
     "attention_sharding_uniform": ["--ici-context-parallelism", "2"],
+    "compile_topology_num_slices": ["--compile-topology", "v5e:2x2"],
     "learning_rate_schedule_steps": ["--lr-schedule", "cosine"],
     "max_grad_value": ["--opt-enable-grad-clipping"],
     "max_grad_norm": ["--opt-enable-grad-global-norm-clipping"],

@@ -13,6 +13,7 @@ from sdxl_eqx.config.groups import (
     RunConfig,
     SampleConfig,
 )
+from sdxl_eqx.config.report import ReportConfig
 from sdxl_eqx.config.train import TINY, TrainConfig, flat, groups, is_flat, to_yaml
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "ParallelConfig",
+    "ReportConfig",
     "RunConfig",
     "SampleConfig",
     "TrainConfig",

@@ -268,6 +268,10 @@ class ParallelConfig:
     data_sharding: Axes = MESH_AXES
     """Axes of the mesh over which a batch is spread as it is read; axes that do not divide it are left out from the
     last one."""
+    compile_topology: str = ""
+    """Compile the step for devices that are not here (v5p:2x2x1, v5e:16x16, h100x8), report what it needs, and exit."""
+    compile_topology_num_slices: int = -1
+    """Slices of that topology, for the dcn_ sizes (TPUs); -1 is one."""
 
 
 @dataclass(frozen=True)

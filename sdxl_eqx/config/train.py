@@ -101,7 +101,7 @@ def rules(config: TrainConfig) -> list[Rule]:
             "train_data_dir",
             "name a folder of pictures with metadata.jsonl, "
             f"or try the bundled one first: python scripts/train.py --config {TINY}",
-            bool(data.train_data_dir),
+            bool(data.train_data_dir or parallel.compile_topology),
         ),
         ("resolution", "must be a multiple of 8, at least 8", data.resolution >= 8 and data.resolution % 8 == 0),
         ("max_train_samples", "must be -1 (all) or above 0", _whole(data.max_train_samples)),
@@ -143,6 +143,11 @@ def _parallel_rules(parallel: ParallelConfig) -> list[Rule]:
             "data_sharding",
             f"must be one or more of {axes}, none twice",
             bool(parallel.data_sharding) and known(parallel.data_sharding),
+        ),
+        (
+            "compile_topology_num_slices",
+            "must be -1 (one) or above 0",
+            _whole(parallel.compile_topology_num_slices),
         ),
     ]
 

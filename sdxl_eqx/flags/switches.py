@@ -45,6 +45,7 @@ SWITCHES = (
     ),
     Switch(("mask_padding_tokens",), _may_be_flash, FLASH, off_asks=True),
     Switch(("attention_sharding_uniform",), _has_context, "set --ici-context-parallelism", off_asks=True),
+    Switch(("compile_topology_num_slices",), lambda c: bool(c.parallel.compile_topology), "name a --compile-topology"),
     Switch(("unet_checkpoint",), lambda c: not c.model.train_new_unet, "leave --train-new-unet out"),
     Switch(
         ("learning_rate_schedule_steps",),

@@ -30,6 +30,11 @@ class UNetConfig:
     norm_num_groups: int
     norm_eps: float
 
+    @property
+    def pooled_dim(self) -> int:
+        """Width of the pooled text."""
+        return self.projection_class_embeddings_input_dim - self.number_of_time_ids * self.addition_time_embed_dim
+
     @classmethod
     def sdxl_base(cls) -> "UNetConfig":
         """stabilityai/stable-diffusion-xl-base-1.0 (Podell et al. 2023)."""

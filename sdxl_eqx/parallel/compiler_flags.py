@@ -73,13 +73,15 @@ TPU = Compiler(
 )
 
 
-def set_compiler_flags(hardware: str) -> list[str]:
+def set_compiler_flags(hardware: str, *, ahead: bool = False) -> list[str]:
     """Set what suits this `--hardware` and the environment does not say yet; returns what was set.
+
+    `ahead` is for compiling alone, for devices that are not here.
 
     Raises:
         RuntimeError: where JAX has started, for it reads the environment only then.
     """
-    compiler = _compiler(hardware)
+    compiler = _named(hardware) if ahead else _compiler(hardware)
     if compiler is None or not _versions(compiler.packages):
         return []
     if backends_are_initialized():
@@ -91,7 +93,7 @@ def set_compiler_flags(hardware: str) -> list[str]:
     done = _known(compiler, _unsaid(compiler.flags, text))
     if done:
         os.environ[compiler.variable] = " ".join([text, *done]).strip()
-    if compiler is GPU and not any(name in os.environ for name in MEMORY_FRACTION):
+    if compiler is GPU and not ahead and not any(name in os.environ for name in MEMORY_FRACTION):
         # Of JAX's own 0.75 a training step would leave the rest idle; 0.9 is what that page takes.
         os.environ[MEMORY_FRACTION[0]] = "0.9"
         done.append(f"{MEMORY_FRACTION[0]}=0.9")
@@ -107,6 +109,10 @@ def _compiler(hardware: str) -> Compiler | None:
         hardware = platforms[0] if platforms else "gpu" if on_gpu_machine() else "tpu" if on_tpu_vm() else "cpu"
     elif platforms and hardware not in platforms:
         return None
+    return _named(hardware)
+
+
+def _named(hardware: str) -> Compiler | None:
     return {"gpu": GPU, "tpu": TPU}.get(hardware)
 
 

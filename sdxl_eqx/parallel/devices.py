@@ -37,6 +37,12 @@ def choose_hardware(hardware: str) -> Sequence[Any]:
         raise ValueError(f"--hardware {hardware}: JAX finds only {found}; {remedy}use --hardware auto.") from None
 
 
+def memory(devices: Sequence[Any]) -> int | None:
+    """Bytes that JAX has of each accelerator; None for a CPU, whose memory is shared with everything else."""
+    device = next(device for device in devices if device.process_index == jax.process_index())
+    return None if device.platform == "cpu" else (device.memory_stats() or {}).get("bytes_limit")
+
+
 def _idle_accelerator() -> tuple[str, str] | None:
     """(name, extra that installs JAX for it) of an accelerator that JAX was not told to ignore."""
     if os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):

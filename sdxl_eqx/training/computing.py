@@ -22,9 +22,18 @@ VAE_HEAD = 512
 
 
 def unet_compute(
-    config: TrainConfig, unet: UNetConfig, layout: Layout, batch_size: int, *, side: int, encoders: Encoding = NONE
+    config: TrainConfig,
+    unet: UNetConfig,
+    layout: Layout,
+    batch_size: int,
+    *,
+    side: int,
+    memory: int | None = None,
+    encoders: Encoding = NONE,
 ) -> Compute:
     """How the UNet is computed on these devices, for latents of `side` by `side`, beside encoders if they run.
+
+    Each device has `memory` bytes; None is as much as is asked for.
 
     Raises:
         ValueError: where the attention asked for cannot serve, or the mesh does not divide the heads.
@@ -60,7 +69,9 @@ def unet_compute(
     log.info("%s", sentence)
     compute = _on(layout, Compute(attend, scan_unroll=attention.scan_unroll))
     if attention.remat_policy == "auto":
-        return _least_remat(config, unet, layout, batch_size, side, compute, encoders)
+        if memory is None:
+            return compute
+        return _least_remat(config, unet, layout, batch_size, side, memory, compute, encoders)
     return dataclasses.replace(compute, remat=attention.remat_policy)
 
 
@@ -111,29 +122,21 @@ def _least_remat(
     layout: Layout,
     batch_size: int,
     side: int,
+    memory: int,
     compute: Compute,
     encoders: Encoding,
 ) -> Compute:
     """With the policy that computes least again of those that fit the devices, and a line that says which."""
-    limit = _memory(layout)
-    if limit is None:
-        return dataclasses.replace(compute, remat="none")
     # Not every activation is shared by tensor.
     each = batch_size / layout.size(layout.batch + layout.axes("activation_length"))
     needed, chosen = 0.0, compute
     for remat in BY_RECOMPUTATION:
         chosen = dataclasses.replace(compute, remat=remat)
         needed = step_bytes(config, unet, layout, each, side, chosen, encoders)
-        if needed < limit:
+        if needed < memory:
             break
     log.info(
-        "remat auto: %s (about %.1f of %.1f GB a device)%s.", chosen.remat, needed / 1e9, limit / 1e9,
-        "" if needed < limit else "; it may not fit: lower --per-device-batch-size, or raise --ici-fsdp-parallelism",
+        "remat auto: %s (about %.1f of %.1f GB a device)%s.", chosen.remat, needed / 1e9, memory / 1e9,
+        "" if needed < memory else "; it may not fit: lower --per-device-batch-size, or raise --ici-fsdp-parallelism",
     )  # fmt: skip
     return chosen
-
-
-def _memory(layout: Layout) -> int | None:
-    """Bytes that JAX has of each accelerator; None for a CPU, whose memory is shared with everything else."""
-    device = layout.mesh.local_devices[0]
-    return None if device.platform == "cpu" else (device.memory_stats() or {}).get("bytes_limit")

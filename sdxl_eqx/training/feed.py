@@ -47,7 +47,7 @@ def feed(run: Run) -> tuple[Any, Encoders | None]:
     bad = BadItems(len(run.source), config.data.max_bad_fraction)
     common = {
         "batch_size": run.batch_size,
-        "rows": own_rows(run.batch_sharding, run.batch_size),
+        "rows": own_rows(run.program.batch_sharding, run.batch_size),
         "seed": config.run.seed,
         "shuffle": config.data.enable_data_shuffling,
         "num_threads": config.data.transform_images_num_proc,
@@ -71,7 +71,7 @@ def feed(run: Run) -> tuple[Any, Encoders | None]:
 
 def positions(state: dict[str, Any], run: Run) -> list[dict[str, Any]]:
     """Of each process, where its stream is in the data, and which rows of a batch it feeds; JSON."""
-    return hosts.gather_json({"stream": state, "rows": own_rows(run.batch_sharding, run.batch_size)})
+    return hosts.gather_json({"stream": state, "rows": own_rows(run.program.batch_sharding, run.batch_size)})
 
 
 def _go_on(stream: Any, run: Run, rows: list[int]) -> None:
@@ -161,7 +161,7 @@ def _encoders(run: Run) -> tuple[EncodePictures, EncodeCaptions, int]:
     each = max(min(8 // run.mesh.size, AT_ONCE // run.config.data.resolution**2), 1)
     batch_size = each * run.mesh.size
     spread = batch_sharding(run.mesh, run.mesh.axis_names, batch_size)
-    whole, compute = run.layout.whole, run.encoding
+    whole, compute = run.layout.whole, run.program.encoding
     enter = run.layout.enter if run.mesh.size > 1 else lambda tree: tree
 
     @partial(jax.jit, out_shardings=whole)

@@ -4,46 +4,129 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 from jax.extend import core
+from jax.interpreters.partial_eval import dce_jaxpr
 
+from sdxl_eqx.loading import ModelShapes
+from sdxl_eqx.models.sdxl import Encoders, cast
 from sdxl_eqx.models.unet import UNet, UNetConfig
+from sdxl_eqx.nn.compute import Compute
+
+CAPTION = 77
+"""Tokens of a caption."""
+
+KERNELS = {
+    "dot_product_attention_fwd_wrapper": 2,
+    "dot_product_attention_bwd_wrapper": 4,
+    "mha_forward": 2,
+    "mha_preprocess_backward": 0,
+    "mha_backward": 4,
+    "splash_mha_fwd": 2,
+    "splash_mha_dkv": 3,
+    "splash_mha_dq": 1,
+}
+"""Products as large as that of queries and keys in the attention kernels of cuDNN, Triton and TPUs, by how their names
+begin. Scores that a kernel computes again within its backward pass are its own affair and do not count."""
 
 
 def count_flops(function: Callable[..., Any], *args: Any) -> int:
-    """Operations (2 a multiply-add) of all matrix products and convolutions; scan bodies count once a turn.
+    """Operations (2 a multiply-add) of all matrix products, convolutions and attention kernels; scan bodies count once
+    a turn, and what a `shard_map` does once a device.
 
-    `args` may be shapes. XLA's own count sees a scan body once, so it cannot be used here.
+    `args` may be shapes. XLA's own count sees a scan body once and no kernel, so it cannot be used here.
     """
-    return _count(jax.make_jaxpr(function)(*args).jaxpr)
+    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+    # What a policy keeps still stands among what is computed again, where nothing needs it.
+    return _count(dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
 
 
 def unet_training_flops(config: UNetConfig, h: int, w: int) -> int:
     """Of one training step on one latent of h x w: three times the forward pass; what is recomputed does not count."""
-    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-    shapes = ((1, h, w, config.in_channels), (1,), (1, 77, config.cross_attention_dim), (1, pooled), (1, 6))
-    unet = jax.eval_shape(lambda: UNet(config, key=jax.random.key(0)))
-    args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    return 3 * count_flops(lambda model, *inputs: model(*inputs), unet, *args)
+    unet = eqx.filter_eval_shape(UNet, config, key=jr.key(0))
+    return 3 * count_flops(lambda model, *inputs: model(*inputs), unet, *unet_inputs(config, 1, h, w, jnp.float32))
+
+
+def encoding_flops(shapes: ModelShapes, resolution: int) -> int:
+    """Of encoding one picture and its caption."""
+
+    def encode(encoders: Encoders, pixels: Any, ids: Any) -> Any:
+        return encoders.vae.encode(pixels).mean, encoders.encode_text(ids, ids)
+
+    pixels = jax.ShapeDtypeStruct((1, resolution, resolution, shapes.vae.in_channels), jnp.float32)
+    ids = jax.ShapeDtypeStruct((1, CAPTION), jnp.int32)
+    return count_flops(encode, shapes.encoder_shapes(), pixels, ids)
+
+
+def recompute_ratio(config: UNetConfig, compute: Compute, *, batch: int, side: int, dtype: Any) -> float:
+    """What both passes of a UNet compute, over three times the forward pass: about 1 where nothing is computed twice.
+
+    It is a little less, as nobody asks for the gradient of the UNet's input.
+    """
+
+    def loss(unet: UNet, *inputs: Any) -> Any:
+        return jnp.sum(unet(*inputs, compute=compute).astype(jnp.float32))
+
+    unet = eqx.filter_eval_shape(lambda: cast(UNet(config, key=jr.key(0)), dtype))
+    inputs = unet_inputs(config, batch, side, side, dtype)
+    return count_flops(jax.value_and_grad(loss), unet, *inputs) / (3 * count_flops(loss, unet, *inputs))
+
+
+def unet_inputs(config: UNetConfig, batch: int, h: int, w: int, dtype: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """The shapes of what a UNet takes: latents of h x w, timesteps, context, pooled text and time ids."""
+
+    def array(*shape: int, dtype: Any = dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((batch, *shape), dtype)
+
+    return (
+        array(h, w, config.in_channels),
+        array(dtype=jnp.float32),
+        array(CAPTION, config.cross_attention_dim),
+        array(config.pooled_dim),
+        array(config.number_of_time_ids, dtype=jnp.float32),
+    )
 
 
 def _count(jaxpr: Any) -> int:
-    total = 0
-    for eqn in jaxpr.eqns:
-        name = eqn.primitive.name
-        if name == "dot_general":
-            (contracted, _), _ = eqn.params["dimension_numbers"]
-            shape = eqn.invars[0].aval.shape
-            total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[i] for i in contracted)
-        elif name == "conv_general_dilated":
-            kernel = eqn.invars[1].aval.shape
-            c_out = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
-            total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) // c_out
-        else:
-            turns = eqn.params["length"] if name == "scan" else 1
-            total += turns * sum(_count(inner) for inner in _inner(eqn.params))
-    return total
+    return sum(_of(eqn) for eqn in jaxpr.eqns)
+
+
+def _of(eqn: Any) -> int:
+    name = eqn.primitive.name
+    out = eqn.outvars[0].aval.shape if eqn.outvars else ()
+    if name == "dot_general":
+        (contracted, _), _ = eqn.params["dimension_numbers"]
+        shape = eqn.invars[0].aval.shape
+        return 2 * math.prod(out) * math.prod(shape[i] for i in contracted)
+    if name == "conv_general_dilated":
+        kernel = eqn.invars[1].aval.shape
+        c_out = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
+        # The gradient of a strided convolution puts zeros between its input's entries.
+        return 2 * math.prod(out) * math.prod(kernel) // (c_out * math.prod(eqn.params["lhs_dilation"]))
+    if name == "pallas_call" or name in KERNELS:
+        return _kernel(eqn, eqn.params["name"] if name == "pallas_call" else name)
+    turns = 1
+    if name == "scan":
+        turns = eqn.params["length"]
+    elif name == "shard_map":
+        turns = math.prod(eqn.params["mesh"].shape[axis] for axis in eqn.params["newly_manual_axes"])
+    return turns * sum(_count(inner) for inner in _inner(eqn.params))
+
+
+def _kernel(eqn: Any, name: str) -> int:
+    """Of an attention kernel: queries and keys are its first arrays of numbers, alike but for their lengths."""
+    products = next(products for begin, products in KERNELS.items() if name.startswith(begin))
+    query, key, *_ = (
+        x.aval.shape for x in eqn.invars if x.aval.ndim >= 3 and jnp.issubdtype(x.aval.dtype, jnp.floating)
+    )
+    # All gradients in one: that of the queries in parts, one for each block of keys.
+    if name.startswith("splash_mha_dkv") and any(x.aval.ndim > len(query) for x in eqn.outvars):
+        products += 1
+    length = -2 if name.startswith("splash") else -3
+    return products * 2 * math.prod(query) * key[length]
 
 
 def _inner(params: dict[str, Any]) -> list[Any]:

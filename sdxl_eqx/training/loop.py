@@ -26,7 +26,6 @@ from sdxl_eqx.training.metrics import MetricsWriter, Watch
 from sdxl_eqx.training.setup import Run
 from sdxl_eqx.training.showing import caption_retrieval, draw_captions, grid, sample_prompts, save_pictures
 from sdxl_eqx.training.state import TrainState
-from sdxl_eqx.training.step import train_step
 from sdxl_eqx.training.stop import Stop
 from sdxl_eqx.weights.folder import write_folder
 from sdxl_eqx.weights.index import index_of
@@ -83,7 +82,7 @@ def _train(run: Run, stream: Any, frozen: Any, writer: MetricsWriter) -> Outcome
     config = run.config
     start = int(run.state.step)
     schedule = Schedule(run.parts.schedule)
-    step_fn = _compile(run)
+    step_fn = run.program.jit(run.optimizer)
     if hosts.is_first():
         writer.text("config", f"```\n{run.folder.config.read_text()}\n```")
     watch = Watch(start=start, total=run.total_steps, log_period=config.metrics.log_period, is_shown=hosts.is_first())
@@ -122,22 +121,8 @@ def _train(run: Run, stream: Any, frozen: Any, writer: MetricsWriter) -> Outcome
     return Outcome(step, stop.signal, retrieval)
 
 
-def _compile(run: Run) -> Callable[..., Any]:
-    """The jitted step, with the state laid out and donated."""
-    state = run.layout.shardings(jax.eval_shape(lambda: run.state))
-    encoders = run.layout.shardings(jax.eval_shape(lambda: run.encoders))
-    cached = run.config.data.cache_latents_text_encoder_outputs
-    whole = run.layout.whole
-    return jax.jit(
-        partial(train_step, config=run.step_config, optimizer=run.optimizer),
-        in_shardings=(state, None if cached else encoders, run.batch_sharding, whole),
-        out_shardings=(state, whole),
-        donate_argnums=0,
-    )
-
-
 def _to_devices(batch: Batch | LatentBatch, run: Run) -> Batch | LatentBatch:
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(run.batch_sharding, x), batch)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(run.program.batch_sharding, x), batch)
 
 
 def _explained(get: Callable[[], T], run: Run) -> T:
@@ -185,9 +170,10 @@ def _last_good(run: Run) -> str:
 def _explain(error: Exception, run: Run, *, doing: str = "training") -> Exception:
     if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
         return error
+    batch, remat = run.config.optim.per_device_batch_size, run.program.compute.remat
     what = (
-        f"--per-device-batch-size {run.config.optim.per_device_batch_size:g} with --remat-policy {run.compute.remat} "
-        "does not fit. Halve the batch, use --remat-policy full, or share the weights with --ici-fsdp-parallelism."
+        f"--per-device-batch-size {batch:g} with --remat-policy {remat} does not fit. Halve the batch, use "
+        "--remat-policy full, or share the weights with --ici-fsdp-parallelism."
         if doing == "training"
         else f"{doing} of --resolution {run.config.data.resolution} does not fit beside the state; share the weights "
         "with --ici-fsdp-parallelism, take smaller --moments-dtype bfloat16, or a lower resolution."

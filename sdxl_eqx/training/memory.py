@@ -11,13 +11,13 @@ import jax.random as jr
 from jaxtyping import Array
 
 from sdxl_eqx.config import TrainConfig
-from sdxl_eqx.loading import ModelParts
+from sdxl_eqx.loading import ModelShapes
 from sdxl_eqx.models.sdxl import cast
 from sdxl_eqx.models.unet import UNet, UNetConfig
 from sdxl_eqx.nn.compute import Compute
 from sdxl_eqx.nn.remat import Remat
 from sdxl_eqx.parallel.specs import Layout
-from sdxl_eqx.weights.skeletons import skeleton
+from sdxl_eqx.training.flops import unet_inputs
 
 BY_RECOMPUTATION: tuple[Remat, ...] = ("none", "dots", "attention", "full")
 """Policies, from that which computes least again on. offload keeps as much as dots and waits for the host."""
@@ -37,12 +37,11 @@ class Encoding:
     """Bytes a picture, while it is encoded: before there is anything of the UNet."""
 
     @classmethod
-    def of(cls, parts: ModelParts, layout: Layout, resolution: int) -> "Encoding":
+    def of(cls, shapes: ModelShapes, layout: Layout, resolution: int) -> "Encoding":
         """That of a model's encoders, in float32."""
-        names = ("vae", "text_encoder", "text_encoder_2")
-        weights = sum(_elements(skeleton(name, parts.model.configs[name]), layout) for name in names)
         # The VAE's first residual block: its input, what is normed, what is convolved, and their sum.
-        return cls(4.0 * weights, 4 * 4.0 * parts.vae.block_out_channels[0] * resolution**2)
+        each = 4 * 4.0 * shapes.vae.block_out_channels[0] * resolution**2
+        return cls(4.0 * _elements(shapes.encoder_shapes(), layout), each)
 
 
 NONE = Encoding()
@@ -82,24 +81,12 @@ def _elements(shapes: Any, layout: Layout) -> int:
 
 def kept_bytes(unet: UNet, batch: int, side: int, compute: Compute) -> int:
     """Bytes of all arrays that the backward pass of a UNet (of shapes) needs of the forward pass, on all devices."""
-    config, dtype = unet.config, jax.tree.leaves(unet)[0].dtype
-    pooled = config.projection_class_embeddings_input_dim - config.number_of_time_ids * config.addition_time_embed_dim
-
-    def arrays(*shape: int, dtype: Any = dtype) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((batch, *shape), dtype)
 
     def pullback(unet: UNet, *inputs: Array) -> Any:
         return jax.vjp(lambda u: jnp.sum(u(*inputs, compute=compute)), unet)[1]
 
-    kept = jax.eval_shape(
-        pullback,
-        unet,
-        arrays(side, side, config.in_channels),
-        arrays(dtype=jnp.float32),
-        arrays(77, config.cross_attention_dim),
-        arrays(pooled),
-        arrays(config.number_of_time_ids, dtype=jnp.float32),
-    )
+    dtype = jax.tree.leaves(unet)[0].dtype
+    kept = jax.eval_shape(pullback, unet, *unet_inputs(unet.config, batch, side, side, dtype))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
 
 

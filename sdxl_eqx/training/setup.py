@@ -8,33 +8,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from sdxl_eqx.config import ParallelConfig, TrainConfig, flat, to_yaml
 from sdxl_eqx.data.assets import resolve
 from sdxl_eqx.data.sources import ImageFolder
 from sdxl_eqx.data.tokenizer import tokenize
 from sdxl_eqx.loading import ModelParts
-from sdxl_eqx.models.sdxl import Encoders, cast
-from sdxl_eqx.models.unet import UNet
-from sdxl_eqx.nn.compute import Compute
+from sdxl_eqx.models.sdxl import Encoders
 from sdxl_eqx.parallel import hosts
 from sdxl_eqx.parallel.compiler_flags import set_compiler_flags
-from sdxl_eqx.parallel.devices import choose_hardware
-from sdxl_eqx.parallel.mesh import batch_sharding, describe, global_batch_size, make_mesh
+from sdxl_eqx.parallel.devices import choose_hardware, memory
+from sdxl_eqx.parallel.mesh import describe
 from sdxl_eqx.parallel.specs import ACTIVATIONS, WEIGHTS, Layout
 from sdxl_eqx.training.checkpoint import Checkpoints, Saved
-from sdxl_eqx.training.computing import encoding_compute, unet_compute
-from sdxl_eqx.training.memory import NONE, Encoding
 from sdxl_eqx.training.optimizer import learning_rate, make_optimizer
+from sdxl_eqx.training.program import Program
 from sdxl_eqx.training.run_folder import RunFolder, new_name
 from sdxl_eqx.training.state import TrainState, new_state
-from sdxl_eqx.training.step import StepConfig
 
 log = logging.getLogger("sdxl_eqx")
 
@@ -47,12 +42,7 @@ class Run:
     """With the run's name in it."""
     folder: RunFolder
     checkpoints: Checkpoints
-    layout: Layout
-    compute: Compute
-    """Of the UNet."""
-    encoding: Compute
-    """Of VAE and text encoders."""
-    batch_size: int
+    program: Program
     total_steps: int
     source: ImageFolder
     parts: ModelParts
@@ -64,28 +54,19 @@ class Run:
     """Of each process's data iterator; empty at the beginning."""
 
     @property
-    def dtype(self) -> Any:
-        """Of the computation."""
-        return jnp.dtype(self.config.model.activations_dtype)
+    def layout(self) -> Layout:
+        """Where arrays lie."""
+        return self.program.layout
 
     @property
     def mesh(self) -> Mesh:
         """The devices."""
-        return self.layout.mesh
+        return self.program.mesh
 
     @property
-    def batch_sharding(self) -> NamedSharding:
-        """How a batch is spread as it is read."""
-        return batch_sharding(self.mesh, self.config.parallel.data_sharding, self.batch_size)
-
-    @property
-    def step_config(self) -> StepConfig:
-        """What the step depends on."""
-        optim = self.config.optim
-        return StepConfig(
-            self.parts.vae.scaling_factor, self.dtype, self.compute, self.encoding, optim.ema_decay, optim.ema_every,
-            self.layout if self.mesh.size > 1 else None,
-        )  # fmt: skip
+    def batch_size(self) -> int:
+        """Samples of one step on all devices."""
+        return self.program.batch_size
 
     def saved(self, data_positions: list[dict[str, Any]]) -> Saved:
         """What stands beside the arrays of a checkpoint."""
@@ -144,20 +125,15 @@ def prepare(config: TrainConfig) -> Run | Finished:
 class _Plan:
     """What a run is to do, before anything of it is opened or loaded."""
 
-    layout: Layout
-    batch_size: int
+    program: Program
     total_steps: int
     source: ImageFolder
     parts: ModelParts
-    compute: Compute
-    encoding: Compute
 
     @classmethod
     def make(cls, config: TrainConfig) -> "_Plan":
         """Read and check the input. No process waits for another one here."""
         devices = choose_hardware(config.run.hardware)
-        layout = Layout(make_mesh(config.parallel, devices), config.parallel.logical_axis_rules)
-        layout.check()
         if devices[0].platform == "cpu" and config.model.activations_dtype == "float16":
             raise ValueError(
                 "--activations-dtype float16: XLA has no such matrix products on CPU; use float32 or bfloat16."
@@ -165,7 +141,6 @@ class _Plan:
         for name, axes in config.parallel.logical_axis_rules:
             if name not in WEIGHTS + ACTIVATIONS and (name, axes) not in ParallelConfig.logical_axis_rules:
                 log.info("logical_axis_rules %s: %s has no effect here: no dimension is named so", name, list(axes))
-        batch_size = global_batch_size(config.optim.per_device_batch_size, layout.mesh, layout.batch)
         data = config.data
         source = ImageFolder(
             resolve(data.train_data_dir),
@@ -173,21 +148,17 @@ class _Plan:
             caption_column=data.caption_column,
             max_samples=data.max_train_samples,
         )
+        parts = ModelParts.read(config.model, config.diffusion_scheduler_config, token=data.hf_access_token)
+        program = Program.make(config, parts, devices, memory(devices))
         total_steps = config.optim.max_train_steps
         if total_steps == -1:
-            total_steps = math.ceil(config.optim.num_train_epochs * len(source) / batch_size)
-        parts = ModelParts.read(config.model, config.diffusion_scheduler_config, token=data.hf_access_token)
-        _check_resolution(data.resolution, parts)
-        compute = unet_compute(
-            config, parts.unet, layout, batch_size, side=data.resolution // parts.vae.downscale,
-            encoders=NONE if data.cache_latents_text_encoder_outputs else Encoding.of(parts, layout, data.resolution),
-        )  # fmt: skip
-        return cls(layout, batch_size, total_steps, source, parts, compute, encoding_compute(config, layout))
+            total_steps = math.ceil(config.optim.num_train_epochs * len(source) / program.batch_size)
+        return cls(program, total_steps, source, parts)
 
 
 def _open(config: TrainConfig, plan: _Plan, folder: RunFolder) -> Run | Finished:
     """The run in its folder: begun, resumed, or found to be finished."""
-    layout, parts = plan.layout, plan.parts
+    program, layout, parts = plan.program, plan.program.layout, plan.parts
     checkpoints = Checkpoints(
         folder.checkpoints,
         keep=config.checkpoint.checkpoints_to_keep,
@@ -206,11 +177,11 @@ def _open(config: TrainConfig, plan: _Plan, folder: RunFolder) -> Run | Finished
     cut = tokenize(parts.tokenizers[0], [example.caption for example in plan.source.examples])[1]
     log.info(
         "%s: %d pictures (%d captions longer than 77 tokens are cut), batches of %d on %s, %d steps",
-        folder.path, len(plan.source), cut, plan.batch_size, describe(layout.mesh), plan.total_steps,
+        folder.path, len(plan.source), cut, program.batch_size, describe(layout.mesh), plan.total_steps,
     )  # fmt: skip
     unet_key, encoders_key, state_key = jr.split(jr.key(config.run.seed), 3)
     encoders = hosts.together(partial(parts.encoders, config.model, layout, key=encoders_key))
-    rate = learning_rate(config.optim, total_steps=plan.total_steps, batch_size=plan.batch_size)
+    rate = learning_rate(config.optim, total_steps=plan.total_steps, batch_size=program.batch_size)
     optimizer = make_optimizer(config.optim, rate)
     begin = partial(new_state, optimizer=optimizer, ema=config.optim.ema_decay > 0, key=state_key)
     if step is None:
@@ -219,14 +190,14 @@ def _open(config: TrainConfig, plan: _Plan, folder: RunFolder) -> Run | Finished
         state = jax.jit(begin, out_shardings=where, donate_argnums=0)(unet)
         _warn_if_frozen(state.unet, config)
     else:
-        state = hosts.together(partial(checkpoints.restore, step, _state_shapes(parts, config, begin, layout)))
+        state = hosts.together(partial(checkpoints.restore, step, program.state(optimizer)))
         log.info("resuming %s at step %d of %d", folder.path, step, plan.total_steps)
     hosts.together(partial(folder.write_config, to_yaml(config)))
     # Memory differs by a few bytes from host to host, the program may not.
-    compute = dataclasses.replace(plan.compute, remat=hosts.agree(plan.compute.remat))
+    program = program.with_remat(hosts.agree(program.compute.remat))
     return Run(
-        config, folder, checkpoints, layout, compute, plan.encoding, plan.batch_size, plan.total_steps,
-        plan.source, parts, encoders, state, optimizer, rate, [] if saved is None else saved.data,
+        config, folder, checkpoints, program, plan.total_steps, plan.source, parts, encoders, state, optimizer, rate,
+        [] if saved is None else saved.data,
     )  # fmt: skip
 
 
@@ -234,7 +205,7 @@ def _check_same_everywhere(plan: _Plan) -> None:
     """Refuse processes that would run different programs, or one of them longer than the others."""
     for what, value in (
         ("steps", plan.total_steps),
-        ("samples a step", plan.batch_size),
+        ("samples a step", plan.program.batch_size),
         ("pictures", len(plan.source)),
         ("a UNet of", plan.parts.unet.to_json()),
     ):
@@ -263,14 +234,6 @@ def configure_jax(config: TrainConfig) -> None:
     jax.config.update("jax_default_matmul_precision", precision)
     cache = config.run.jax_cache_dir or str(Path.home() / ".cache" / "sdxl_eqx" / "jax")
     jax.config.update("jax_compilation_cache_dir", None if cache == "none" else cache)
-
-
-def _check_resolution(resolution: int, parts: ModelParts) -> None:
-    multiple = parts.vae.downscale * 2 ** (len(parts.unet.block_out_channels) - 1)
-    if resolution % multiple:
-        raise ValueError(
-            f"--resolution {resolution}: this model divides sides by {multiple}; use a multiple of {multiple}."
-        )
 
 
 def _check_same_model(saved: Saved, parts: ModelParts, folder: RunFolder) -> None:
@@ -315,17 +278,6 @@ def _dotted(values: dict[str, Any]) -> dict[str, Any]:
         inner = value if isinstance(value, dict) else {"": value}
         pairs.update({f"{key}.{name}" if name else key: v for name, v in inner.items()})
     return pairs
-
-
-def _state_shapes(parts: ModelParts, config: TrainConfig, begin: Any, layout: Layout) -> TrainState:
-    """The shapes and layout of the state, without making one."""
-
-    def make() -> TrainState:
-        return begin(cast(UNet(parts.unet, key=jr.key(0)), jnp.dtype(config.model.weights_dtype)))
-
-    shapes = eqx.filter_eval_shape(make)
-    where = layout.shardings(shapes)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
 
 
 def _warn_if_frozen(unet: Any, config: TrainConfig) -> None:

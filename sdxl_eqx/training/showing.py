@@ -27,9 +27,9 @@ def draw_captions(run: Run, unet: UNet, captions: Sequence[str]) -> np.ndarray:
         schedule=run.parts.schedule,
         steps=sample.num_inference_steps,
         guidance_scale=sample.guidance_scale if sample.do_classifier_free_guidance else 1.0,
-        dtype=run.dtype,
-        compute=run.compute,
-        decoding=run.encoding,
+        dtype=run.program.dtype,
+        compute=run.program.compute,
+        decoding=run.program.encoding,
         layout=run.layout if run.mesh.size > 1 else None,
     )
     encoders = jax.tree.map(put, run.encoders, run.layout.shardings(run.encoders))

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import pytest
 
 from sdxl_eqx.parallel import compiler_flags
@@ -19,6 +20,7 @@ VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS", *compiler_flags.M
 @pytest.fixture(autouse=True)
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """JAX has not started, its GPU plugin is installed, the environment says nothing, and there is no cache."""
+    jax.devices()  # for the other tests, with their flags: here it must not be first without them
     for name in VARIABLES:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -43,6 +45,15 @@ def answer(monkeypatch: pytest.MonkeyPatch, complaint: str = "", *, unless: Sequ
 
     monkeypatch.setattr(compiler_flags._Questions, "_complaint", run)
     return asked
+
+
+def test_what_is_only_compiled_for_gets_its_flags_and_no_share_of_memory(monkeypatch):
+    answer(monkeypatch, unless=[GOOD, OTHER])
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert set_compiler_flags("gpu") == []
+    assert set_compiler_flags("gpu", ahead=True) == [GOOD, OTHER]
+    assert os.environ["XLA_FLAGS"] == f"{GOOD} {OTHER}"
+    assert not any(name in os.environ for name in compiler_flags.MEMORY_FRACTION)
 
 
 def no_process(*_: object, **__: object) -> None:
@@ -183,7 +194,6 @@ def test_jax_that_has_started_is_too_late(monkeypatch):
 
 
 def test_jax_knows_whether_it_has_started():
-    import jax
     from jax._src.xla_bridge import backends_are_initialized
 
     jax.devices()

@@ -36,9 +36,9 @@ def layout(asked: TrainConfig, count: int) -> Layout:
     return Layout(make_mesh(asked.parallel, jax.devices()[:count]), asked.parallel.logical_axis_rules)
 
 
-def chosen(asked: TrainConfig, count: int = 1) -> Compute:
+def chosen(asked: TrainConfig, count: int = 1, *, memory: int | None = None) -> Compute:
     """How the small UNet is computed."""
-    return unet_compute(asked, UNET, layout(asked, count), 8, side=8)
+    return unet_compute(asked, UNET, layout(asked, count), 8, side=8, memory=memory)
 
 
 def test_one_device_needs_no_mesh_and_a_cpu_keeps_everything():
@@ -106,9 +106,8 @@ def test_auto_counts_the_samples_of_a_device_and_all_that_tensor_may_leave_whole
     sizes: Any = {"ici_data_parallelism": 1, f"ici_{axis}_parallelism": 2}
     asked = config(ParallelConfig(**sizes))
     seen = []
-    monkeypatch.setattr(computing, "_memory", lambda _: 10**9)
     monkeypatch.setattr(computing, "step_bytes", lambda *values: seen.append(values[3]) or 0.0)
-    assert chosen(asked, 2).remat == "none"
+    assert chosen(asked, 2, memory=10**9).remat == "none"
     assert seen == [share]
 
 
@@ -136,12 +135,11 @@ def test_the_encoders_of_a_model_are_counted_as_they_are_laid_out():
 
 
 @pytest.mark.parametrize(("share", "remat"), [(2.0, "none"), (0.0, "full")])
-def test_auto_takes_the_least_recomputation_that_fits_the_device(share, remat, monkeypatch, caplog):
+def test_auto_takes_the_least_recomputation_that_fits_the_device(share, remat, caplog):
     asked = config()
     needed = step_bytes(asked, UNET, layout(asked, 1), 8.0, 8, Compute())
-    monkeypatch.setattr(computing, "_memory", lambda _: int(share * needed))
     with caplog.at_level(logging.INFO):
-        compute = chosen(asked)
+        compute = chosen(asked, memory=int(share * needed))
     assert compute.remat == remat
     *_, said = (record.getMessage() for record in caplog.records)
     assert said.startswith(f"remat auto: {remat} (about ") and ("may not fit" in said) == (share == 0)

@@ -1,0 +1,102 @@
+"""What a compiled program sends over the network, read from its text."""
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+
+SCATTERED = "all-reduce-scatter"
+"""How libtpu writes a reduce-scatter: an all-reduce in a computation of this name, each device keeping its part."""
+
+WHOLE = {"all-reduce": 2}
+"""How often the bytes of a collective go over a device's link, where that is not once (a ring)."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """The collectives of one kind in a program."""
+
+    count: int
+    """How many run in one execution."""
+    bytes: int
+    """Of the arrays on one device, where they are whole: after a gather, before a scatter."""
+
+
+def collectives(hlo: str) -> dict[str, Traffic]:
+    """The collectives of an optimized HLO module by kind; what is in a loop counts once a turn."""
+    computations, entry = _computations(hlo)
+    counts: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+
+    def visit(name: str, turns: int) -> None:
+        for line in computations.get(name, ()):
+            kind, size = _collective(line)
+            if kind:
+                kind = "reduce-scatter" if kind == "all-reduce" and name.startswith(SCATTERED) else kind
+                counts[kind] += turns
+                sizes[kind] += turns * size
+            trips = re.search(r'"known_trip_count":\s*\{"n":\s*"(\d+)"', line) if " while(" in line else None
+            for called in _called(line):
+                visit(called, turns * (int(trips[1]) if trips else 1))
+
+    visit(entry, 1)
+    return {kind: Traffic(counts[kind], sizes[kind]) for kind in KINDS if counts[kind]}
+
+
+def sent(traffic: dict[str, Traffic]) -> int:
+    """Bytes that each device sends, by rings."""
+    return sum(WHOLE.get(kind, 1) * one.bytes for kind, one in traffic.items())
+
+
+def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
+    """The lines of each computation, and the name of the one that is run."""
+    found: dict[str, list[str]] = {}
+    entry = name = ""
+    for line in hlo.splitlines():
+        head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+        if head:
+            name = head[2]
+            found[name] = []
+            entry = name if head[1] else entry
+        elif name and line.startswith(" "):
+            found[name].append(line)
+    return found, entry
+
+
+def _collective(line: str) -> tuple[str, int]:
+    """(kind, bytes where it is whole) of an instruction; ('', 0) for any other, and for a start that has its done."""
+    found = re.match(rf"\s*(?:ROOT )?%?[\w.\-]+ = (.*?) ({'|'.join(KINDS)})(-start|-done)?\(", line)
+    if found is None:
+        return "", 0
+    sizes = [_bytes(dtype, dims) for dtype, dims in re.findall(r"([a-z]\w*)\[([\d,]*)\]", found[1])]
+    kind, half = found[2], found[3]
+    if kind == "reduce-scatter":  # a start gives what it takes, whole, before its results
+        whole = sum(sizes[: len(sizes) // 2]) if half == "-start" else sum(sizes) * _group(line)
+        return ("", 0) if half == "-done" else (kind, whole)
+    return ("", 0) if half == "-start" else (kind, sum(sizes))
+
+
+def _group(line: str) -> int:
+    """How many devices a collective is among."""
+    shape = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
+    if shape:
+        return int(shape[1])
+    first = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
+    return first[1].count(",") + 1 if first else 1
+
+
+def _bytes(dtype: str, dims: str) -> int:
+    digits = re.search(r"\d+", dtype)  # pred has none, and a byte
+    return math.prod(int(n) for n in dims.split(",") if n) * int(digits[0] if digits else 8) // 8
+
+
+def _called(line: str) -> list[str]:
+    """The computations that an instruction runs; not what a reduction applies to two numbers."""
+    if "-done(" in line or "-update(" in line:
+        return []
+    names = re.findall(r"\b(?:body|calls|true_computation|false_computation)=%?([\w.\-]+)", line)
+    branches = re.search(r"branch_computations=\{([^}]*)\}", line)
+    names += re.findall(r"[\w.\-]+", branches[1]) if branches else []
+    return names + (re.findall(r"\bto_apply=%?([\w.\-]+)", line) if " call(" in line else [])

@@ -1,0 +1,200 @@
+"""What a run would need, known before anyone has the devices: the step compiled ahead of time, and read."""
+
+import dataclasses
+import logging
+import os
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from sdxl_eqx.config import TrainConfig
+from sdxl_eqx.loading import ModelParts, ModelShapes
+from sdxl_eqx.parallel import topologies
+from sdxl_eqx.parallel.collectives import collectives, sent
+from sdxl_eqx.parallel.compiler_flags import set_compiler_flags
+from sdxl_eqx.parallel.mesh import describe, make_mesh
+from sdxl_eqx.parallel.specs import Layout
+from sdxl_eqx.training.flops import encoding_flops, recompute_ratio, unet_training_flops
+from sdxl_eqx.training.memory import NONE, Encoding, step_bytes
+from sdxl_eqx.training.optimizer import learning_rate, make_optimizer
+from sdxl_eqx.training.program import Program
+from sdxl_eqx.training.setup import configure_jax
+
+log = logging.getLogger("sdxl_eqx")
+
+SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
+"""The model whose shapes are known here, so that nothing of it is fetched."""
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a compiled step needs. Bytes are of one device."""
+
+    topology: str
+    devices: int
+    mesh: dict[str, int]
+    """Sizes of the axes that are more than one device."""
+    per_device_batch_size: float
+    remat_policy: str
+    attention: str
+    effort: float
+    argument_bytes: int
+    """State, batch and frozen encoders, all the time."""
+    temp_bytes: int
+    """Of the step while it runs."""
+    peak_bytes: int
+    """At its most, what the program itself takes included."""
+    chip_bytes: int
+    """Of the device."""
+    fits: bool
+    """Whether the peak is within what a program may fill of the device."""
+    collectives: dict[str, dict[str, int]]
+    """By kind, how many run in a step, and the bytes of their whole arrays on a device."""
+    tflop_per_step: float
+    """Of all devices: three times the UNet's forward pass, and VAE and text encoders where they run."""
+    recompute_ratio: float
+    """What both passes of the UNet compute over three times its forward pass."""
+    ideal_step_seconds: float
+    """Of tflop_per_step at 100% of the devices' bfloat16 peak."""
+    image_seconds: float
+    """Devices' seconds for each image at those peaks: with what is computed again, and with either the network or the
+    reading and writing of the state, which no step can do without. What the search goes by."""
+    lower_seconds: float
+    compile_seconds: float
+
+
+def begin_without_devices(config: TrainConfig) -> None:
+    """What must come before JAX starts: nothing here is used but the CPU, and compilers get the flags of a run.
+
+    Raises:
+        ValueError: where the topology's name is unknown.
+    """
+    chip = topologies.chip(config.parallel.compile_topology)
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    set_compiler_flags(chip.hardware, ahead=True)
+    configure_jax(config)
+    jax.config.update("jax_enable_compilation_cache", False)  # what it takes to compile is part of the answer
+
+
+def _shapes(config: TrainConfig) -> ModelShapes:
+    """Those of the config's model; of SDXL's own they are known here."""
+    model, scheduler = config.model, config.diffusion_scheduler_config
+    if model.pretrained_model_name_or_path == SDXL_BASE and not model.unet_checkpoint:
+        return ModelShapes.sdxl_base(scheduler)
+    return ModelParts.read(model, scheduler, token=config.data.hf_access_token, with_weights=False)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is compiled for what."""
+
+    config: TrainConfig
+    effort: float
+    chip: topologies.Chip
+    devices: Sequence[Any]
+    shapes: ModelShapes
+
+    @classmethod
+    def of(cls, config: TrainConfig, effort: float) -> "Target":
+        """The devices and the model of a config."""
+        parallel = config.parallel
+        devices = topologies.devices(parallel.compile_topology, max(parallel.compile_topology_num_slices, 1))
+        chip = topologies.chip(parallel.compile_topology)
+        return cls(config, effort, chip, devices, _shapes(config))
+
+    def program(self, config: TrainConfig) -> Program:
+        """The step of a config."""
+        return Program.make(config, self.shapes, self.devices, self.chip.limit)
+
+    def compiled(self, config: TrainConfig) -> Report:
+        """The report of a config.
+
+        Raises:
+            ValueError: where the compiler itself refuses, for want of memory.
+        """
+        program = self.program(config)
+        log.info(
+            "compiling %s: %g images a device, remat %s, for %s",
+            describe(program.mesh), program.batch_size / program.mesh.size, program.compute.remat,
+            config.parallel.compile_topology,
+        )  # fmt: skip
+        rate = learning_rate(config.optim, total_steps=1000, batch_size=program.batch_size)
+        optimizer = make_optimizer(config.optim, rate)
+        began = time.perf_counter()
+        traced = program.jit(optimizer).trace(*program.arguments(optimizer))
+        lowered = traced.lower(lowering_platforms=({"gpu": "cuda"}.get(self.chip.hardware, self.chip.hardware),))
+        lowering = time.perf_counter() - began
+        began = time.perf_counter()
+        options = {"exec_time_optimization_effort": self.effort} if self.effort else None
+        try:
+            compiled = lowered.compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            said = re.search(r"Used [\d.]+\w of [\d.]+\w", str(error))
+            raise ValueError(
+                f"--compile-topology {config.parallel.compile_topology}: {config.optim.per_device_batch_size:g} images "
+                f"a device with --remat-policy {program.compute.remat} do not fit, the compiler says "
+                f"({said[0] if said else str(error)[:200]}); lower --per-device-batch-size, use --remat-policy full, "
+                "share weights by --ici-fsdp-parallelism, or take more devices."
+            ) from error
+        return self._read(program, compiled, lowering, time.perf_counter() - began)
+
+    def estimate(self, config: TrainConfig) -> int:
+        """About how many images fit each device, by what the backward pass keeps; 1 or more."""
+        layout = Layout(make_mesh(config.parallel, self.devices), config.parallel.logical_axis_rules)
+        shares = layout.size(layout.batch)
+        batch = shares / layout.mesh.size
+        one = dataclasses.replace(config, optim=dataclasses.replace(config.optim, per_device_batch_size=batch))
+        compute = Program.make(one, self.shapes, self.devices, None).compute
+        encoders = Encoding.of(self.shapes, layout, config.data.resolution)
+        if config.data.cache_latents_text_encoder_outputs:
+            encoders = NONE
+        side = config.data.resolution // self.shapes.vae.downscale
+        none, some = (step_bytes(config, self.shapes.unet, layout, n, side, compute, encoders) for n in (0.0, 1.0))
+        return max(int((self.chip.limit - none) / (some - none)), 1)
+
+    def _read(self, program: Program, compiled: Any, lowering: float, compiling: float) -> Report:
+        """The report of a compiled step."""
+        memory = compiled.memory_analysis()
+        outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+        peak = arguments + temporaries + outputs + memory.generated_code_size_in_bytes
+        traffic = collectives(compiled.as_text())
+        n, batch, config = program.mesh.size, program.batch_size, program.config
+        side = config.data.resolution // self.shapes.vae.downscale
+        unet = batch * unet_training_flops(self.shapes.unet, side, side) / 1e12
+        encoders = 0.0 if program.cached else batch * encoding_flops(self.shapes, config.data.resolution) / 1e12
+        shares = program.layout.size(program.layout.batch)
+        ratio = recompute_ratio(self.shapes.unet, program.compute, batch=shares, side=side, dtype=program.dtype)
+        peak_rate = n * self.chip.tflops
+        computing = (unet * ratio + encoders) / peak_rate
+        state = 2 * arguments / GB / self.chip.bandwidth
+        network = sent(traffic) / GB / self.chip.network
+        return Report(
+            topology=config.parallel.compile_topology,
+            devices=n,
+            mesh={axis: size for axis, size in program.mesh.shape.items() if size > 1},
+            per_device_batch_size=batch / n,
+            remat_policy=program.compute.remat,
+            attention=config.attention.attention,
+            effort=self.effort,
+            argument_bytes=arguments,
+            temp_bytes=temporaries,
+            peak_bytes=peak,
+            chip_bytes=self.chip.memory,
+            fits=peak <= self.chip.limit,
+            collectives={kind: dataclasses.asdict(one) for kind, one in traffic.items()},
+            tflop_per_step=unet + encoders,
+            recompute_ratio=ratio,
+            ideal_step_seconds=(unet + encoders) / peak_rate,
+            image_seconds=(max(computing, network) + state) * n / batch,
+            lower_seconds=lowering,
+            compile_seconds=compiling,
+        )

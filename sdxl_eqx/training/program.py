@@ -1,0 +1,155 @@
+"""The compiled step of a config on devices, real or described: all that decides it, and the shapes it takes."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from sdxl_eqx.config import TrainConfig
+from sdxl_eqx.data.batch import Batch, LatentBatch
+from sdxl_eqx.diffusion.schedule import Schedule
+from sdxl_eqx.loading import ModelShapes
+from sdxl_eqx.models.sdxl import Encoders, cast
+from sdxl_eqx.models.unet import UNet
+from sdxl_eqx.nn.compute import Compute
+from sdxl_eqx.parallel.mesh import batch_sharding, global_batch_size, make_mesh
+from sdxl_eqx.parallel.specs import Layout
+from sdxl_eqx.training.computing import encoding_compute, unet_compute
+from sdxl_eqx.training.flops import CAPTION
+from sdxl_eqx.training.memory import NONE, Encoding
+from sdxl_eqx.training.state import TrainState, new_state
+from sdxl_eqx.training.step import StepConfig, train_step
+
+
+@dataclass(frozen=True)
+class Program:
+    """The step of a config for a model on devices."""
+
+    config: TrainConfig
+    shapes: ModelShapes
+    layout: Layout
+    batch_size: int
+    """Samples of one step on all devices."""
+    compute: Compute
+    """Of the UNet."""
+    encoding: Compute
+    """Of VAE and text encoders."""
+
+    @classmethod
+    def make(cls, config: TrainConfig, shapes: ModelShapes, devices: Sequence[Any], memory: int | None) -> "Program":
+        """That of these devices, each with so many bytes of memory (None: as much as is asked for).
+
+        Raises:
+            ValueError: where model, mesh, batch and attention do not go together.
+        """
+        layout = Layout(make_mesh(config.parallel, devices), config.parallel.logical_axis_rules)
+        layout.check()
+        batch_size = global_batch_size(config.optim.per_device_batch_size, layout.mesh, layout.batch)
+        resolution = config.data.resolution
+        shapes.check_resolution(resolution)
+        cached = config.data.cache_latents_text_encoder_outputs
+        compute = unet_compute(
+            config, shapes.unet, layout, batch_size,
+            side=resolution // shapes.vae.downscale,
+            memory=memory,
+            encoders=NONE if cached else Encoding.of(shapes, layout, resolution),
+        )  # fmt: skip
+        return cls(config, shapes, layout, batch_size, compute, encoding_compute(config, layout))
+
+    @property
+    def mesh(self) -> Mesh:
+        """The devices."""
+        return self.layout.mesh
+
+    @property
+    def dtype(self) -> Any:
+        """Of the computation."""
+        return jnp.dtype(self.config.model.activations_dtype)
+
+    @property
+    def cached(self) -> bool:
+        """Whether batches are encoded already."""
+        return self.config.data.cache_latents_text_encoder_outputs
+
+    @property
+    def batch_sharding(self) -> NamedSharding:
+        """How a batch is spread as it is read."""
+        return batch_sharding(self.mesh, self.config.parallel.data_sharding, self.batch_size)
+
+    @property
+    def step_config(self) -> StepConfig:
+        """What the step depends on."""
+        optim = self.config.optim
+        return StepConfig(
+            self.shapes.vae.scaling_factor, self.dtype, self.compute, self.encoding, optim.ema_decay, optim.ema_every,
+            self.layout if self.mesh.size > 1 else None,
+        )  # fmt: skip
+
+    def state(self, optimizer: optax.GradientTransformation) -> TrainState:
+        """The shapes of a run's state and where they lie, without making one."""
+        dtype, ema = jnp.dtype(self.config.model.weights_dtype), self.config.optim.ema_decay > 0
+
+        def make() -> TrainState:
+            unet = cast(UNet(self.shapes.unet, key=jr.key(0)), dtype)
+            return new_state(unet, optimizer, ema=ema, key=jr.key(0))
+
+        return self._laid_out(eqx.filter_eval_shape(make))
+
+    def encoders(self) -> Encoders:
+        """The shapes of the frozen encoders and where they lie."""
+        return self._laid_out(self.shapes.encoder_shapes())
+
+    def batch(self) -> Batch | LatentBatch:
+        """The shapes of a batch."""
+        resolution, unet = self.config.data.resolution, self.shapes.unet
+        side = resolution // self.shapes.vae.downscale
+
+        def zeros(*shape: int, dtype: Any = jnp.float32) -> Any:
+            return jnp.zeros((self.batch_size, *shape), dtype)
+
+        def make() -> Batch | LatentBatch:
+            time_ids = zeros(unet.number_of_time_ids)
+            if not self.cached:
+                ids = zeros(CAPTION, dtype=jnp.int32)
+                return Batch(zeros(resolution, resolution, 3, dtype=jnp.uint8), ids, ids, time_ids)
+            moments, context = zeros(side, side, unet.in_channels), zeros(CAPTION, unet.cross_attention_dim)
+            return LatentBatch(moments, moments, context, zeros(unet.pooled_dim), time_ids)
+
+        where = self.batch_sharding
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), jax.eval_shape(make))
+
+    def jit(self, optimizer: optax.GradientTransformation) -> Any:
+        """The jitted step on (state, encoders or None, batch, schedule), with the state laid out and donated."""
+        state, encoders = (_shardings(tree) for tree in (self.state(optimizer), self.encoders()))
+        whole = self.layout.whole
+        return jax.jit(
+            partial(train_step, config=self.step_config, optimizer=optimizer),
+            in_shardings=(state, None if self.cached else encoders, self.batch_sharding, whole),
+            out_shardings=(state, whole),
+            donate_argnums=0,
+        )
+
+    def arguments(self, optimizer: optax.GradientTransformation) -> tuple[Any, ...]:
+        """The shapes of all that the step takes."""
+        schedule = jax.eval_shape(lambda: Schedule(self.shapes.schedule))
+        return self.state(optimizer), None if self.cached else self.encoders(), self.batch(), schedule
+
+    def with_remat(self, remat: Any) -> "Program":
+        """With another remat policy."""
+        return dataclasses.replace(self, compute=dataclasses.replace(self.compute, remat=remat))
+
+    def _laid_out(self, shapes: Any) -> Any:
+        where = self.layout.shardings(shapes)
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
+
+
+def _shardings(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.sharding, tree)

@@ -1,0 +1,61 @@
+"""Collectives are counted as they run: in loops once a turn, asynchronous ones once, by the size of whole arrays."""
+
+from sdxl_eqx.parallel.collectives import Traffic, collectives, sent
+
+HLO = """HloModule step, entry_computation_layout={()->f32[]}
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%all-reduce-scatter.1 (p: bf16[16,8]) -> bf16[4,8] {
+  %p = bf16[16,8]{1,0} parameter(0)
+  %all-reduce.9 = bf16[16,8]{1,0} all-reduce(%p), replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %slice = bf16[4,8]{1,0} dynamic-slice(%all-reduce.9), dynamic_slice_sizes={4,8}
+}
+
+%wrapped (q: f32[8]) -> f32[2] {
+  %q = f32[8]{0} parameter(0)
+  ROOT %reduce-scatter.3 = f32[2]{0} reduce-scatter(%q), replica_groups=[2,4]<=[8], to_apply=%add
+}
+
+%inner (s: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
+  %s = (s32[], bf16[4,8]{1,0}) parameter(0)
+  %all-gather-start.2 = (bf16[4,8]{1,0}, bf16[16,8]{1,0}) all-gather-start(%s), replica_groups={{0,1,2,3}}
+  %all-gather-done.2 = bf16[16,8]{1,0} all-gather-done(%all-gather-start.2)
+  ROOT %t = (s32[], bf16[4,8]{1,0}) tuple(%s)
+}
+
+%outer (s: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
+  %s = (s32[], bf16[4,8]{1,0}) parameter(0)
+  %while.1 = (s32[], bf16[4,8]{1,0}) while(%s), condition=%c, body=%inner, backend_config={"known_trip_count":{"n":"3"}}
+  %fusion.4 = bf16[4,8]{1,0} fusion(%s), kind=kCustom, calls=%all-reduce-scatter.1
+  ROOT %t = (s32[], bf16[4,8]{1,0}) tuple(%while.1)
+}
+
+ENTRY %main (a: f32[8]) -> f32[] {
+  %a = f32[8]{0} parameter(0)
+  %while.2 = (s32[], bf16[4,8]) while(%a), condition=%c, body=%outer, backend_config={"known_trip_count":{"n":"10"}}
+  %async-start = ((f32[8]{0}), f32[2]{0}) async-start(%a), calls=%wrapped
+  %async-done = f32[2]{0} async-done(%async-start), calls=%wrapped
+  %reduce-scatter-start.1 = ((f32[8]{0}, f32[4]{0}), (f32[2]{0}, f32[1]{0})) reduce-scatter-start(%a, %b)
+  %reduce-scatter-done.1 = (f32[2]{0}, f32[1]{0}) reduce-scatter-done(%reduce-scatter-start.1)
+  %all-reduce.1 = (f32[8]{0}, /*index=1*/f32[]) all-reduce(%a, %b), to_apply=%add
+  ROOT %gte = f32[] get-tuple-element(%all-reduce.1), index=1
+}
+"""
+
+
+def test_every_form_is_counted_as_often_as_it_runs():
+    assert collectives(HLO) == {
+        "all-gather": Traffic(30, 30 * 2 * 16 * 8),
+        "all-reduce": Traffic(1, 4 * 8 + 4),
+        "reduce-scatter": Traffic(10 + 1 + 1, 10 * 2 * 16 * 8 + 4 * 2 * 4 + 4 * (8 + 4)),
+    }
+
+
+def test_what_is_summed_whole_goes_over_the_network_twice():
+    assert sent({"all-reduce": Traffic(1, 100), "all-gather": Traffic(3, 10)}) == 210
+    assert sent({}) == 0
