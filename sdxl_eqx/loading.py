@@ -93,7 +93,7 @@ class ModelParts(ModelShapes):
     ) -> "ModelParts":
         """Read the configs and tokenizers of the model that the config names, and check that they go together.
 
-        Without `with_weights` the Hub is asked for no more than these.
+        Without `with_weights` the Hub is asked for no more than these, but for another UNet.
 
         Raises:
             ValueError: naming the file or flag, the value and the remedy.

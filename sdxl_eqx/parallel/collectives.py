@@ -25,21 +25,23 @@ class Traffic:
 
 
 def collectives(hlo: str) -> dict[str, Traffic]:
-    """The collectives of an optimized HLO module by kind; what is in a loop counts once a turn."""
+    """The collectives of an optimized HLO module by kind; what is in the loop of a scan counts once a turn."""
     computations, entry = _computations(hlo)
+    partitions = re.search(r"\bnum_partitions=(\d+)", hlo[: hlo.find("\n")])
+    everyone = int(partitions[1]) if partitions else 1
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
 
     def visit(name: str, turns: int) -> None:
         for line in computations.get(name, ()):
-            kind, size = _collective(line)
+            kind, size = _collective(line, everyone)
             if kind:
                 kind = "reduce-scatter" if kind == "all-reduce" and name.startswith(SCATTERED) else kind
                 counts[kind] += turns
                 sizes[kind] += turns * size
-            trips = re.search(r'"known_trip_count":\s*\{"n":\s*"(\d+)"', line) if " while(" in line else None
+            trips = _trips(line, computations) if " while(" in line else 1
             for called in _called(line):
-                visit(called, turns * (int(trips[1]) if trips else 1))
+                visit(called, turns * trips)
 
     visit(entry, 1)
     return {kind: Traffic(counts[kind], sizes[kind]) for kind in KINDS if counts[kind]}
@@ -48,6 +50,18 @@ def collectives(hlo: str) -> dict[str, Traffic]:
 def sent(traffic: dict[str, Traffic]) -> int:
     """Bytes that each device sends, by rings."""
     return sum(WHOLE.get(kind, 1) * one.bytes for kind, one in traffic.items())
+
+
+def _trips(line: str, computations: dict[str, list[str]]) -> int:
+    """How often a loop runs: as XLA notes it, or what the loop of a scan counts to. 1 where neither is said."""
+    known = re.search(r'"known_trip_count":\s*\{"n":\s*"(\d+)"', line)
+    if known:
+        return int(known[1])
+    condition = re.search(r"\bcondition=%?([\w.\-]+)", line)
+    lines = computations.get(condition[1], []) if condition else []
+    lines = lines + [inner for one in lines for name in _called(one) for inner in computations.get(name, [])]
+    limits = [int(found[1]) for one in lines if (found := re.search(r"= s(?:32|64)\[\]\S* constant\((\d+)\)", one))]
+    return max(limits, default=1)
 
 
 def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
@@ -65,7 +79,7 @@ def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
     return found, entry
 
 
-def _collective(line: str) -> tuple[str, int]:
+def _collective(line: str, everyone: int) -> tuple[str, int]:
     """(kind, bytes where it is whole) of an instruction; ('', 0) for any other, and for a start that has its done."""
     found = re.match(rf"\s*(?:ROOT )?%?[\w.\-]+ = (.*?) ({'|'.join(KINDS)})(-start|-done)?\(", line)
     if found is None:
@@ -73,18 +87,18 @@ def _collective(line: str) -> tuple[str, int]:
     sizes = [_bytes(dtype, dims) for dtype, dims in re.findall(r"([a-z]\w*)\[([\d,]*)\]", found[1])]
     kind, half = found[2], found[3]
     if kind == "reduce-scatter":  # a start gives what it takes, whole, before its results
-        whole = sum(sizes[: len(sizes) // 2]) if half == "-start" else sum(sizes) * _group(line)
+        whole = sum(sizes[: len(sizes) // 2]) if half == "-start" else sum(sizes) * (_group(line) or everyone)
         return ("", 0) if half == "-done" else (kind, whole)
     return ("", 0) if half == "-start" else (kind, sum(sizes))
 
 
 def _group(line: str) -> int:
-    """How many devices a collective is among."""
+    """How many devices a collective is among; 0 where it is among all."""
     shape = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
     if shape:
         return int(shape[1])
     first = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
-    return first[1].count(",") + 1 if first else 1
+    return first[1].count(",") + 1 if first else 0
 
 
 def _bytes(dtype: str, dims: str) -> int:

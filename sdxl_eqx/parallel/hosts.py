@@ -143,10 +143,13 @@ def same(value: Any, what: str) -> None:
     Raises:
         ValueError: in all of them, where one has another.
     """
-    of_each = gather_json(value)
-    for i, one in enumerate(of_each):
-        if one != of_each[0]:
-            raise ValueError(f"process {i} has {what} {one}, process 0 {of_each[0]}; give all the same.")
+    first, *others = gather_json(value)
+    for i, one in enumerate(others, 1):
+        if one != first:
+            if isinstance(one, dict) and isinstance(first, dict):
+                keys = [key for key in one.keys() | first.keys() if one.get(key) != first.get(key)]
+                one, first = ({key: values.get(key) for key in sorted(keys)} for values in (one, first))
+            raise ValueError(f"process {i} has {what} {one}, process 0 {first}; give all the same.")
 
 
 def to_host(tree: T) -> T:

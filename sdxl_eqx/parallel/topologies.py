@@ -1,5 +1,6 @@
 """Accelerators that are not here: their memory and speed by name, and devices of them to compile for."""
 
+import importlib.util
 import os
 import re
 from collections.abc import Sequence
@@ -30,6 +31,11 @@ class Chip:
         """Bytes that a program may fill."""
         return int(self.memory * self.usable)
 
+
+GPUS_OF_A_HOST = 8
+
+NETWORK_CARD = 50.0
+"""GB/s each way of a GPU to those of other hosts (DGX H100: a card of 400 Gbit/s for each)."""
 
 GIB = 2**30
 CHIPS = {
@@ -82,20 +88,30 @@ def devices(name: str, slices: int = 1) -> Sequence[Any]:
                     f"--compile-topology-num-slices {slices}: GPUs have none; name all of them, as {kind}x16."
                 )
             target = TARGET.format(bandwidth=int(found.bandwidth * 1e9), memory=found.memory, name=kind.upper())
+            count = int(shape)
+            hosts = -(-count // GPUS_OF_A_HOST)
+            if count % hosts:
+                raise ValueError(f"--compile-topology {name}: a host has {GPUS_OF_A_HOST} GPUs; use a multiple of it.")
             return topologies.get_topology_desc(
-                kind, platform="cuda", topology=f"1x{shape}x1", target_config=target
+                kind, platform="cuda", topology=f"1x{hosts}x{count // hosts}", target_config=target
             ).devices
         # It describes any TPU on any host, if it is kept from looking for one.
         for variable in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
             os.environ.setdefault(variable, "1")
-        options = {"num_slices": slices} if slices > 1 else {}
+        options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+        if kind == "v4":
+            options["chip_config_name"] = "megacore"  # as a run has it: both cores of a chip are one device
+        if set(shape) <= {"1", "x"}:
+            options["chips_per_host_bounds"] = [1, 1, 1]
         return topologies.get_topology_desc(name, platform="tpu", **options).devices
     except (RuntimeError, NotImplementedError, FileNotFoundError) as error:
-        package = "libtpu" if found.hardware == "tpu" else "JAX's CUDA plugin"
-        extra = "tpu" if found.hardware == "tpu" else "cuda13"
+        package, extra, module = (
+            ("libtpu", "tpu", "libtpu") if found.hardware == "tpu" else ("JAX's CUDA plugin", "cuda13", "jax_plugins")
+        )
+        there = importlib.util.find_spec(module) is not None
+        remedy = "Name a shape that is sold." if there else f"Install it with pip install -e '.[{extra}]'."
         raise ValueError(
-            f"--compile-topology {name}: {package} does not describe it ({str(error).splitlines()[0][:200]}). Install "
-            f"it with pip install -e '.[{extra}]', and name a shape that is sold."
+            f"--compile-topology {name}: {package} does not describe it ({str(error).splitlines()[0][:200]}). {remedy}"
         ) from error
 
 
@@ -103,7 +119,10 @@ def _read(name: str) -> tuple[str, Chip, str]:
     """(kind, its chip, its shape or count) of a name."""
     form = re.fullmatch(r"([a-z0-9]+?)(?::(\d+(?:x\d+)+)|x([1-9]\d*))", name)
     kind = form[1] if form else ""
-    if form is None or kind not in CHIPS or (form[2] is None) == (CHIPS[kind].hardware == "tpu"):
+    is_known = form is not None and kind in CHIPS and (form[2] is not None) == (CHIPS[kind].hardware == "tpu")
+    if is_known and form and form[2] and form[2].count("x") + 1 != (3 if kind in ("v4", "v5p") else 2):
+        is_known = False
+    if form is None or not is_known:
         raise ValueError(
             f"--compile-topology {name}: write CHIP:SHAPE for TPUs, as v5p:2x2x1, v5e:4x4 or v6e:16x16, or CARDxCOUNT "
             f"for GPUs, as h100x8; known are {', '.join(CHIPS)}."

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import os
 import re
 import time
@@ -63,8 +64,9 @@ class Report:
     ideal_step_seconds: float
     """Of tflop_per_step at 100% of the devices' bfloat16 peak."""
     image_seconds: float
-    """Devices' seconds for each image at those peaks: with what is computed again, and with either the network or the
-    reading and writing of the state, which no step can do without. What the search goes by."""
+    """Of one device for each image, at the published peaks: to compute, what is computed again included, or to send
+    over the network of a slice or host, whichever is longer; and to read and write weights, moments and average once.
+    What the search goes by."""
     lower_seconds: float
     compile_seconds: float
 
@@ -76,7 +78,8 @@ def begin_without_devices(config: TrainConfig) -> None:
         ValueError: where the topology's name is unknown.
     """
     chip = topologies.chip(config.parallel.compile_topology)
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["JAX_PLATFORMS"] = "cpu"  # for processes that are asked about flags; this one has read it
+    jax.config.update("jax_platforms", "cpu")
     set_compiler_flags(chip.hardware, ahead=True)
     configure_jax(config)
     jax.config.update("jax_enable_compilation_cache", False)  # what it takes to compile is part of the answer
@@ -88,6 +91,12 @@ def _shapes(config: TrainConfig) -> ModelShapes:
     if model.pretrained_model_name_or_path == SDXL_BASE and not model.unet_checkpoint:
         return ModelShapes.sdxl_base(scheduler)
     return ModelParts.read(model, scheduler, token=config.data.hf_access_token, with_weights=False)
+
+
+def shard_bytes(tree: Any) -> int:
+    """Bytes of arrays (or shapes) on one device."""
+    leaves = [x for x in jax.tree.leaves(tree) if not jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key)]
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
 @dataclass(frozen=True)
@@ -135,16 +144,17 @@ class Target:
         try:
             compiled = lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
             said = re.search(r"Used [\d.]+\w of [\d.]+\w", str(error))
+            what = f"--compile-topology {config.parallel.compile_topology}: "
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise ValueError(f"{what}the compiler failed ({str(error).splitlines()[0][:300]}).") from error
             raise ValueError(
-                f"--compile-topology {config.parallel.compile_topology}: {config.optim.per_device_batch_size:g} images "
-                f"a device with --remat-policy {program.compute.remat} do not fit, the compiler says "
-                f"({said[0] if said else str(error)[:200]}); lower --per-device-batch-size, use --remat-policy full, "
-                "share weights by --ici-fsdp-parallelism, or take more devices."
+                f"{what}{config.optim.per_device_batch_size:g} images a device with --remat-policy "
+                f"{program.compute.remat} do not fit, the compiler says ({said[0] if said else str(error)[:200]}). "
+                "What helps, where it is not so yet: a lower --per-device-batch-size, --remat-policy full, weights "
+                "shared by --ici-fsdp-parallelism, more devices."
             ) from error
-        return self._read(program, compiled, lowering, time.perf_counter() - began)
+        return self._read(program, optimizer, compiled, lowering, time.perf_counter() - began)
 
     def estimate(self, config: TrainConfig) -> int:
         """About how many images fit each device, by what the backward pass keeps; 1 or more."""
@@ -160,7 +170,7 @@ class Target:
         none, some = (step_bytes(config, self.shapes.unet, layout, n, side, compute, encoders) for n in (0.0, 1.0))
         return max(int((self.chip.limit - none) / (some - none)), 1)
 
-    def _read(self, program: Program, compiled: Any, lowering: float, compiling: float) -> Report:
+    def _read(self, program: Program, optimizer: Any, compiled: Any, lowering: float, compiling: float) -> Report:
         """The report of a compiled step."""
         memory = compiled.memory_analysis()
         outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -175,8 +185,10 @@ class Target:
         ratio = recompute_ratio(self.shapes.unet, program.compute, batch=shares, side=side, dtype=program.dtype)
         peak_rate = n * self.chip.tflops
         computing = (unet * ratio + encoders) / peak_rate
-        state = 2 * arguments / GB / self.chip.bandwidth
-        network = sent(traffic) / GB / self.chip.network
+        state = 2 * shard_bytes(program.state(optimizer)) / GB / self.chip.bandwidth
+        # Beyond one host, GPUs have one network card each (DGX H100: 400 Gbit/s).
+        crosses = self.chip.hardware == "gpu" and n > topologies.GPUS_OF_A_HOST
+        network = sent(traffic) / GB / (topologies.NETWORK_CARD if crosses else self.chip.network)
         return Report(
             topology=config.parallel.compile_topology,
             devices=n,

@@ -53,7 +53,10 @@ class Checkpoints:
             return
         self.wait()
         needed = sum(x.nbytes for x in jax.tree.leaves(state) if not _is_key(x)) + MARGIN
-        free = min(hosts.gather_json(shutil.disk_usage(self.folder).free))
+        try:
+            free = min(hosts.gather_json(hosts.together(lambda: shutil.disk_usage(self.folder).free)))
+        except (ValueError, OSError) as error:
+            raise NotSaved(f"no checkpoint of step {step}: {error}") from error
         if free < needed:
             raise NotSaved(
                 f"no checkpoint of step {step}: it needs {needed / 2**30:.2f} GiB, {self.folder} has "

@@ -79,7 +79,7 @@ def _go_on(stream: Any, run: Run, rows: list[int]) -> None:
     was = run.data_positions
     mine = was[jax.process_index()] if len(was) == jax.process_count() else None
     # Alone, a process reads all samples in their order, whatever the size of a batch.
-    same = mine is not None and (len(was) == 1 or mine["rows"] == rows)
+    same = mine is not None and "stream" in mine and (len(was) == 1 or mine["rows"] == rows)
     if all(hosts.gather_json(same)) and mine is not None:
         stream.set_state(mine["stream"])
         return
@@ -148,9 +148,15 @@ def _cache(run: Run, model_fingerprint: str, bad: BadItems) -> CachedSource:
             is_writer=hosts.is_first(), together=hosts.together,
         )  # fmt: skip
         write()
-        cached = open_cache(folder, key)
-        if cached is not None:
-            log.info("encoded %d samples once in %.1f s: %s", len(cached), time.perf_counter() - began, cached.path)
+        seconds = time.perf_counter() - began
+        cached = hosts.together(partial(_written_cache, folder, key))
+        log.info("encoded %d samples once in %.1f s: %s", len(cached), seconds, cached.path)
+    assert cached is not None
+    return cached
+
+
+def _written_cache(folder: Path, key: str) -> CachedSource:
+    cached = open_cache(folder, key)
     if cached is None:
         raise ValueError(f"{folder}: the first process wrote the cache there and this one does not see it; share it.")
     return cached

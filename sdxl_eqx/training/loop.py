@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sdxl_eqx.config import to_yaml
 from sdxl_eqx.data.batch import Batch, LatentBatch
 from sdxl_eqx.data.tokenizer import save_tokenizers
 from sdxl_eqx.diffusion.schedule import Schedule
@@ -83,8 +84,7 @@ def _train(run: Run, stream: Any, frozen: Any, writer: MetricsWriter) -> Outcome
     start = int(run.state.step)
     schedule = Schedule(run.parts.schedule)
     step_fn = run.program.jit(run.optimizer)
-    if hosts.is_first():
-        writer.text("config", f"```\n{run.folder.config.read_text()}\n```")
+    writer.text("config", f"```\n{to_yaml(run.config)}\n```")
     watch = Watch(start=start, total=run.total_steps, log_period=config.metrics.log_period, is_shown=hosts.is_first())
     state = run.state
     at = stream.get_state()

@@ -99,6 +99,16 @@ class MetricsWriter:
             if not self.is_full:
                 log.error("metrics are not written: %s", error)
             self.is_full = True
+            self._drop_board()
+
+    def _drop_board(self) -> None:
+        """Have nothing more to do with TensorBoard: what its thread, which the error ended, leaves in its queue would
+        be waited for when the process ends."""
+        events = getattr(getattr(self.board, "file_writer", None), "event_writer", None)
+        queue = getattr(events, "_event_queue", None)
+        if queue is not None:
+            queue.cancel_join_thread()
+        self.board = None
 
 
 class Watch:

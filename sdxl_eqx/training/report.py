@@ -40,17 +40,21 @@ def report(config: TrainConfig, asked: ReportConfig) -> list[Report]:
     """
     if not -1 <= asked.effort <= 1:
         raise ValueError(f"--effort {asked.effort:g}: must be from -1 to 1.")
-    if asked.json and not Path(asked.json).absolute().parent.is_dir():
-        raise ValueError(f"--json {asked.json}: there is no folder {Path(asked.json).parent}; make it first.")
-    target = Target.of(config, asked.effort)
-    found = search(target) if asked.search else [target.compiled(config)]
-    log.info("%s", table(found))
-    if asked.json:
+    file = Path(asked.json).absolute()
+    if asked.json and (not file.parent.is_dir() or file.is_dir()):
+        raise ValueError(f"--json {asked.json}: must be a file in a folder that is there.")
+
+    def keep(found: Sequence[Report]) -> None:
         values = [dataclasses.asdict(one) for one in found]
-        text = json.dumps(values if asked.search else values[0], indent=1)
-        Path(asked.json).write_text(f"{text}\n", encoding="utf-8")
+        if asked.json:
+            file.write_text(f"{json.dumps(values if asked.search else values[0], indent=1)}\n", encoding="utf-8")
+
+    target = Target.of(config, asked.effort)
+    found = search(target, keep) if asked.search else [target.compiled(config)]
+    keep(found)
+    log.info("%s", table(found))
     if not found[0].fits:
-        raise ValueError(does_not_fit(config, found[0], target.chip))
+        raise ValueError(does_not_fit(found, target.chip))
     return found
 
 
@@ -80,21 +84,24 @@ def table(found: Sequence[Report]) -> str:
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
-def does_not_fit(config: TrainConfig, one: Report, chip: Chip) -> str:
-    """What is too much, and what would fit."""
-    batch = one.per_device_batch_size
-    if batch > 1:
-        would = "lower --per-device-batch-size (--search finds the largest)"
-    elif one.remat_policy != "full":
-        would = "use --remat-policy full"
-    elif one.mesh.get("fsdp", 1) < one.devices:
-        would = "share weights and optimizer: --ici-data-parallelism 1 --ici-fsdp-parallelism -1"
-    else:
+def does_not_fit(found: Sequence[Report], chip: Chip) -> str:
+    """What is too much of the report that takes least, and what would fit."""
+    one = min(found, key=lambda report: report.peak_bytes)
+    batch, shares = one.per_device_batch_size, one.mesh.get("data", 1) * one.mesh.get("fsdp", 1)
+    would = []
+    if batch * one.devices > shares:
+        would.append("lower --per-device-batch-size (--search finds the largest)")
+    if one.remat_policy != "full":
+        would.append("use --remat-policy full")
+    if one.mesh.get("data", 1) > 1:
+        would.append("share weights and optimizer by --ici-fsdp-parallelism -1 --ici-data-parallelism 1")
+    if not would:
         room = chip.limit - (one.peak_bytes - one.argument_bytes)
         enough = math.ceil(one.argument_bytes * one.devices / room) if room > 0 else 0
-        would = f"take {enough} of these devices or more, by fsdp" if enough else "take larger devices"
-        would += ", or --moments-dtype bfloat16"
+        would.append(f"take {enough} of these devices or more, by fsdp" if enough else "take larger devices")
+        would.append("or --moments-dtype bfloat16")
     return (
         f"--compile-topology {one.topology}: {batch:g} images a device with --remat-policy {one.remat_policy} take "
-        f"{one.peak_bytes / GB:.1f} GB, and of {chip.memory / GB:.1f} it may fill {chip.limit / GB:.1f}; {would}."
+        f"{one.peak_bytes / GB:.1f} GB, and of {chip.memory / GB:.1f} it may fill {chip.limit / GB:.1f}; "
+        f"{', '.join(would)}."
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Callable
 
 from sdxl_eqx.config import TrainConfig
 from sdxl_eqx.config.groups import MESH_AXES
@@ -12,6 +13,9 @@ log = logging.getLogger("sdxl_eqx")
 
 MOST = 4096
 """Images a device beyond which nobody looks for more."""
+
+TRIES = 6
+"""Programs compiled from one that fits on, for each mesh and policy."""
 
 
 class _Once(logging.Filter):
@@ -29,13 +33,15 @@ class _Once(logging.Filter):
         return is_new
 
 
-def search(target: Target) -> list[Report]:
+def search(target: Target, keep: Callable[[list[Report]], None] = lambda found: None) -> list[Report]:
     """The largest batch of each mesh and policy worth trying, the best first; those that do not fit come last.
+
+    `keep` is given them as they are found.
 
     Raises:
         ValueError: where none fits.
     """
-    found = []
+    found: list[Report] = []
     refused = None
     once = _Once()  # what is said of attention would be said for each program
     log.addFilter(once)
@@ -43,6 +49,8 @@ def search(target: Target) -> list[Report]:
         for config in _worth_trying(target):
             try:
                 found.append(_largest(target, config))
+                found.sort(key=lambda one: (not one.fits, one.image_seconds))
+                keep(found)
             except ValueError as error:
                 refused = error
                 log.info("%s", error)
@@ -50,7 +58,7 @@ def search(target: Target) -> list[Report]:
         log.removeFilter(once)
     if not found and refused is not None:
         raise refused
-    return sorted(found, key=lambda one: (not one.fits, one.image_seconds))
+    return found
 
 
 def _worth_trying(target: Target) -> list[TrainConfig]:
@@ -70,55 +78,49 @@ def _worth_trying(target: Target) -> list[TrainConfig]:
 
 
 def _largest(target: Target, config: TrainConfig) -> Report:
-    """The report of the largest batch that fits: a line through two, then one or more that verify it.
+    """The report of the largest batch that fits: lines through two reports, until one that is verified.
 
     Raises:
         ValueError: where the compiler refuses one image a device.
     """
-    known: dict[int, Report | None] = {}
+    limit = target.chip.limit
 
     def compiled(batch: int) -> Report | None:
         """None where the compiler refuses."""
-        if batch not in known:
-            optim = dataclasses.replace(config.optim, per_device_batch_size=float(batch))
-            try:
-                known[batch] = target.compiled(dataclasses.replace(config, optim=optim))
-            except ValueError:
-                if batch == 1:
-                    raise
-                known[batch] = None
-        return known[batch]
+        optim = dataclasses.replace(config.optim, per_device_batch_size=float(batch))
+        try:
+            return target.compiled(dataclasses.replace(config, optim=optim))
+        except ValueError:
+            if batch == 1:
+                raise
+            return None
 
-    def fits(batch: int) -> bool:
-        one = compiled(batch)
-        return one is not None and one.fits
-
-    guess = target.estimate(config)
-    small = max(guess // 2, 1)
-    while small > 1 and not fits(small):
-        small //= 2
-    if (first := compiled(small)) is not None and not first.fits:
-        return first
-    large = max(min(guess, 2 * small), small + 1)
-    while large > small + 1 and compiled(large) is None:
-        large = (small + large) // 2
-    best = _by_a_line(compiled(small), compiled(large), target.chip.limit)
-    while not fits(best):
-        best -= 1
-    # Where the compiler saves memory only when it must, the line was too steep: once more, from nearer.
-    further = _by_a_line(compiled(small), compiled(best), target.chip.limit)
-    if further > best and fits(further):
-        best = further
-    found = known[best]
-    assert found is not None
-    return found
+    batch = max(target.estimate(config) // 2, 1)
+    low, high, high_batch = compiled(batch), None, MOST
+    while low is None or not low.fits:
+        if batch == 1:
+            assert low is not None
+            return low
+        high, high_batch = low, batch
+        batch //= 2
+        low = compiled(batch)
+    for _ in range(TRIES):
+        # What a compiler saves only when it must makes no line: each step is at most a doubling.
+        batch = min(_by_a_line(low, high, limit), 2 * int(low.per_device_batch_size), high_batch - 1)
+        if batch <= low.per_device_batch_size:
+            break
+        found = compiled(batch)
+        if found is not None and found.fits:
+            low, high = found, high if high is not None and not high.fits else low
+        else:
+            high, high_batch = found, batch
+    return low
 
 
-def _by_a_line(low: Report | None, high: Report | None, limit: int) -> int:
-    """The batch a device at which a line through two reports reaches the limit; at least that of the lower one."""
-    assert low is not None
+def _by_a_line(low: Report, high: Report | None, limit: int) -> int:
+    """The batch a device at which a line through two reports reaches the limit; twice the lower one's without both."""
     small = int(low.per_device_batch_size)
-    if high is None or high.per_device_batch_size == small:
-        return small
-    slope = max((high.peak_bytes - low.peak_bytes) / (high.per_device_batch_size - small), 1.0)
-    return min(max(int(small + (limit - low.peak_bytes) / slope), small), MOST)
+    if high is None or high.per_device_batch_size == small or high.peak_bytes <= low.peak_bytes:
+        return 2 * small
+    slope = (high.peak_bytes - low.peak_bytes) / (high.per_device_batch_size - small)
+    return int(small + (limit - low.peak_bytes) / slope)

@@ -167,8 +167,8 @@ def _open(config: TrainConfig, plan: _Plan, folder: RunFolder) -> Run | Finished
     step = checkpoints.latest()
     saved = None if step is None else hosts.together(partial(checkpoints.saved, step))
     if step is not None and saved is not None:
-        _check_same_model(saved, parts, folder)
-        _check_same_flags(saved, config)
+        hosts.together(partial(_check_same_model, saved, parts, folder))
+        hosts.together(partial(_check_same_flags, saved, config))
         if step >= plan.total_steps and folder.finished_step == step:
             checkpoints.close()
             folder.close()
@@ -201,6 +201,13 @@ def _open(config: TrainConfig, plan: _Plan, folder: RunFolder) -> Run | Finished
     )  # fmt: skip
 
 
+OF_A_HOST = (
+    "run_name", "train_data_dir", "dataset_save_location", "jax_cache_dir", "pretrained_model_name_or_path",
+    "unet_checkpoint", "metrics_file", "output_dir", "base_output_directory",
+)  # fmt: skip
+"""Flags that may be another in each process: names of places, and what the first process says for all."""
+
+
 def _check_same_everywhere(plan: _Plan) -> None:
     """Refuse processes that would run different programs, or one of them longer than the others."""
     for what, value in (
@@ -210,6 +217,7 @@ def _check_same_everywhere(plan: _Plan) -> None:
         ("a UNet of", plan.parts.unet.to_json()),
     ):
         hosts.same(value, what)
+    hosts.same({key: value for key, value in flat(plan.program.config).items() if key not in OF_A_HOST}, "the flags")
 
 
 def _replica_axis(config: TrainConfig, layout: Layout) -> str | None:

@@ -77,7 +77,8 @@ def find(
             missing = [part for part in parts if not (folder / part / FLAX[part]).is_file()]
             if not missing:
                 return folder
-        folder = Path(fetch(allow_patterns=[*_described(), *_indices(missing, variant), *_weights(missing, variant)]))
+        weights = [*_indices(missing, variant), *_weights(missing, variant)] if missing else []
+        folder = Path(fetch(allow_patterns=[*_described(), *weights]))
     except Exception as error:
         # Whatever the library makes of what a server or proxy sends: more than it documents. From None, and without
         # the message: it can hold the request with its headers.
@@ -86,7 +87,7 @@ def find(
             f"({type(error).__name__}). Check the name, the revision and the connection, set HF_TOKEN if it is gated, "
             "or give a local diffusers folder or .safetensors file."
         ) from None
-    if len(missing) == len(parts) and not any(any(folder.glob(file)) for file in _weights(missing, variant)):
+    if parts and len(missing) == len(parts) and not any(any(folder.glob(file)) for file in _weights(missing, variant)):
         of = f" in variant {variant!r}" if variant else ""
         remedy = "leave the variant out" if variant else "give the variant that it has"
         raise ValueError(

@@ -2,7 +2,7 @@
 
 from sdxl_eqx.parallel.collectives import Traffic, collectives, sent
 
-HLO = """HloModule step, entry_computation_layout={()->f32[]}
+HLO = """HloModule step, entry_computation_layout={()->f32[]}, num_partitions=4
 
 %add (x: f32[], y: f32[]) -> f32[] {
   %x = f32[] parameter(0)
@@ -18,7 +18,7 @@ HLO = """HloModule step, entry_computation_layout={()->f32[]}
 
 %wrapped (q: f32[8]) -> f32[2] {
   %q = f32[8]{0} parameter(0)
-  ROOT %reduce-scatter.3 = f32[2]{0} reduce-scatter(%q), replica_groups=[2,4]<=[8], to_apply=%add
+  ROOT %reduce-scatter.3 = f32[2]{0} reduce-scatter(%q), replica_groups={}, to_apply=%add
 }
 
 %inner (s: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
@@ -28,9 +28,16 @@ HLO = """HloModule step, entry_computation_layout={()->f32[]}
   ROOT %t = (s32[], bf16[4,8]{1,0}) tuple(%s)
 }
 
+%to_three (s: (s32[], bf16[4,8])) -> pred[] {
+  %constant.7 = s32[]{:T(128)} constant(3)
+  %s = (s32[]{:T(128)}, bf16[4,8]{1,0:T(8,128)(2,1)}) parameter(0)
+  %gte = s32[]{:T(128)} get-tuple-element(%s), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%gte, %constant.7), direction=LT
+}
+
 %outer (s: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
   %s = (s32[], bf16[4,8]{1,0}) parameter(0)
-  %while.1 = (s32[], bf16[4,8]{1,0}) while(%s), condition=%c, body=%inner, backend_config={"known_trip_count":{"n":"3"}}
+  %while.1 = (s32[], bf16[4,8]{1,0}) while(%s), condition=%to_three, body=%inner
   %fusion.4 = bf16[4,8]{1,0} fusion(%s), kind=kCustom, calls=%all-reduce-scatter.1
   ROOT %t = (s32[], bf16[4,8]{1,0}) tuple(%while.1)
 }

@@ -2,6 +2,8 @@ import io
 import json
 import logging
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -109,6 +111,40 @@ def test_a_full_disk_is_said_once_and_training_goes_on(tmp_path, caplog):
         metrics.close()
         (said,) = [record.getMessage() for record in caplog.records]
         assert "metrics are not written: [Errno 28] No space left on device" in said
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from sdxl_eqx.config import MetricsConfig
+from sdxl_eqx.training.metrics import MetricsWriter
+
+folder = Path(sys.argv[1])
+metrics = MetricsWriter(
+    MetricsConfig(log_period=1), file=folder / "m.jsonl", tensorboard=folder / "tb", run_name="x", start=0
+)
+
+
+def full(*_):
+    raise OSError(28, "No space left on device")
+
+
+records = metrics.board.file_writer.event_writer._ev_writer
+records.write_event = records.flush = full
+for step in (1, 2):
+    metrics.write(step, {"learning/loss": 0.5})
+    metrics.picture("samples", np.zeros((256, 256, 3), np.uint8), step)
+metrics.close()
+"""
+
+
+def test_a_board_that_cannot_be_written_does_not_keep_the_process_from_ending(tmp_path):
+    ended = subprocess.run([sys.executable, "-c", PROGRAM, str(tmp_path)], timeout=60, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "m.jsonl").read_text().count("\n") == 2
 
 
 def test_nothing_is_written_where_nothing_is_asked_for(tmp_path):
