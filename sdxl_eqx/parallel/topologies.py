@@ -50,6 +50,9 @@ CHIPS = {
 sheets; the memory of GPUs as their driver reports it. libtpu keeps a few hundred MB for itself, and of a GPU a run may
 fill 90% (parallel/compiler_flags.py)."""
 
+AXES = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "h100": 0, "h200": 0}
+"""Of the shape of a slice; GPUs are named by their number."""
+
 TARGET = """
 gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
@@ -104,7 +107,7 @@ def devices(name: str, slices: int = 1) -> Sequence[Any]:
         if set(shape) <= {"1", "x"}:
             options["chips_per_host_bounds"] = [1, 1, 1]
         return topologies.get_topology_desc(name, platform="tpu", **options).devices
-    except (RuntimeError, NotImplementedError, FileNotFoundError) as error:
+    except (RuntimeError, FileNotFoundError) as error:  # no compiler, no libtpu.so, or a shape it does not know
         package, extra, module = (
             ("libtpu", "tpu", "libtpu") if found.hardware == "tpu" else ("JAX's CUDA plugin", "cuda13", "jax_plugins")
         )
@@ -119,10 +122,8 @@ def _read(name: str) -> tuple[str, Chip, str]:
     """(kind, its chip, its shape or count) of a name."""
     form = re.fullmatch(r"([a-z0-9]+?)(?::(\d+(?:x\d+)+)|x([1-9]\d*))", name)
     kind = form[1] if form else ""
-    is_known = form is not None and kind in CHIPS and (form[2] is not None) == (CHIPS[kind].hardware == "tpu")
-    if is_known and form and form[2] and form[2].count("x") + 1 != (3 if kind in ("v4", "v5p") else 2):
-        is_known = False
-    if form is None or not is_known:
+    axes = form[2].count("x") + 1 if form and form[2] else 0
+    if form is None or axes != AXES.get(kind):
         raise ValueError(
             f"--compile-topology {name}: write CHIP:SHAPE for TPUs, as v5p:2x2x1, v5e:4x4 or v6e:16x16, or CARDxCOUNT "
             f"for GPUs, as h100x8; known are {', '.join(CHIPS)}."

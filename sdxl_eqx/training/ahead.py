@@ -71,6 +71,10 @@ class Report:
     compile_seconds: float
 
 
+class DoesNotFit(ValueError):
+    """The compiler itself refuses a program, for want of memory."""
+
+
 def begin_without_devices(config: TrainConfig) -> None:
     """What must come before JAX starts: nothing here is used but the CPU, and compilers get the flags of a run.
 
@@ -125,7 +129,8 @@ class Target:
         """The report of a config.
 
         Raises:
-            ValueError: where the compiler itself refuses, for want of memory.
+            DoesNotFit: where the compiler itself refuses, for want of memory.
+            ValueError: where it fails in another way, or the config does not suit the devices.
         """
         program = self.program(config)
         log.info(
@@ -148,7 +153,7 @@ class Target:
             what = f"--compile-topology {config.parallel.compile_topology}: "
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise ValueError(f"{what}the compiler failed ({str(error).splitlines()[0][:300]}).") from error
-            raise ValueError(
+            raise DoesNotFit(
                 f"{what}{config.optim.per_device_batch_size:g} images a device with --remat-policy "
                 f"{program.compute.remat} do not fit, the compiler says ({said[0] if said else str(error)[:200]}). "
                 "What helps, where it is not so yet: a lower --per-device-batch-size, --remat-policy full, weights "

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from sdxl_eqx.config import TrainConfig
 from sdxl_eqx.config.groups import MESH_AXES
-from sdxl_eqx.training.ahead import Report, Target
+from sdxl_eqx.training.ahead import DoesNotFit, Report, Target
 from sdxl_eqx.training.memory import BY_RECOMPUTATION
 
 log = logging.getLogger("sdxl_eqx")
@@ -81,18 +81,19 @@ def _largest(target: Target, config: TrainConfig) -> Report:
     """The report of the largest batch that fits: lines through two reports, until one that is verified.
 
     Raises:
-        ValueError: where the compiler refuses one image a device.
+        ValueError: where the compiler refuses one image a device, or fails.
     """
     limit = target.chip.limit
 
     def compiled(batch: int) -> Report | None:
-        """None where the compiler refuses."""
+        """None where the compiler refuses for want of memory; any other failure says nothing of the batch."""
         optim = dataclasses.replace(config.optim, per_device_batch_size=float(batch))
         try:
             return target.compiled(dataclasses.replace(config, optim=optim))
-        except ValueError:
+        except DoesNotFit as error:
             if batch == 1:
                 raise
+            log.info("%s", error)
             return None
 
     batch = max(target.estimate(config) // 2, 1)

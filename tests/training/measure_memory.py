@@ -1,6 +1,5 @@
 """Prints, in bytes: the peak and the arguments that a report says, and how far the first step raises memory."""
 
-import os
 from pathlib import Path
 
 import jax
@@ -23,7 +22,6 @@ def resident(name: str) -> int:
 
 def main() -> None:
     """Compile, run one step, and say."""
-    os.environ["JAX_PLATFORMS"] = "cpu"
     config = TrainConfig(
         optim=OptimConfig(per_device_batch_size=8.0),
         data=DataConfig(resolution=64, cache_latents_text_encoder_outputs=True),

@@ -21,7 +21,7 @@ from sdxl_eqx.models.unet import UNet
 from sdxl_eqx.nn.remat import Remat
 from sdxl_eqx.parallel.topologies import Chip
 from sdxl_eqx.training import report as reporting
-from sdxl_eqx.training.ahead import Report, Target
+from sdxl_eqx.training.ahead import DoesNotFit, Report, Target
 from sdxl_eqx.training.program import Program
 from sdxl_eqx.training.report import does_not_fit, report, table
 from sdxl_eqx.training.search import search
@@ -134,7 +134,7 @@ class Imagined(Target):
         weights = 500 * 10**6 if fsdp == 1 else 500 * 10**6 // len(self.devices)
         peak = int(weights + each * batch * (1 + 0.001 * batch))
         if remat == "none" and fsdp == 1 and batch > 2:
-            raise ValueError("the compiler says no")
+            raise DoesNotFit("the compiler says no")
         return made(peak, batch, remat, {"fsdp": len(self.devices)} if fsdp != 1 else {})
 
 
@@ -184,6 +184,20 @@ def test_memory_that_makes_no_line_ends_the_search_all_the_same():
     (found,) = search(tried)
     assert found.fits and 6 <= found.per_device_batch_size <= 9
     assert len(tried.compiled_batches) <= 10
+
+
+class Failing(Stepped):
+    """Of a compiler that fails from 6 images on, whatever they take."""
+
+    def compiled(self, config: TrainConfig) -> Report:
+        if config.optim.per_device_batch_size >= 6:
+            raise ValueError("the compiler failed")
+        return super().compiled(config)
+
+
+def test_a_compiler_that_fails_is_not_taken_for_a_batch_that_does_not_fit():
+    with pytest.raises(ValueError, match="the compiler failed"):
+        search(Failing(config(remat="full"), 0.0, CHIP, jax.devices()[:1], SHAPES))
 
 
 def test_a_policy_and_a_mesh_that_are_given_are_kept():

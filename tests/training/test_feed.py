@@ -22,7 +22,12 @@ def went_on(monkeypatch: pytest.MonkeyPatch, positions: list[dict[str, Any]], ro
         run.data_positions, run.state = positions, SimpleNamespace(step=STEP)
         monkeypatch.setattr(feed.jax, "process_index", lambda process=process: process)
         alike = [len(positions) == count and (count == 1 or positions[i]["rows"] == rows[i]) for i in range(count)]
-        monkeypatch.setattr(hosts, "gather_json", lambda same, alike=alike: alike)
+
+        def gather(same: bool, process: int = process, alike: list[bool] = alike) -> list[bool]:
+            assert same == alike[process]
+            return alike
+
+        monkeypatch.setattr(hosts, "gather_json", gather)
         stream = SimpleNamespace(set_state=found.append)
         feed._go_on(stream, run, rows[process])
     return found
