@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 from tiny_run import ROOT
 
 from sdxl_eqx.training import loop
+from sdxl_eqx.training.program import Program
 from sdxl_eqx.training.run_folder import RunFolder
 
 Main = Callable[..., tuple[int, str]]
@@ -67,11 +68,11 @@ def main(script, settings, monkeypatch, capsys, caplog) -> Main:
 def refused(main: Main, monkeypatch) -> Callable[..., str]:
     """Runs the script on wrong input; the one message."""
 
-    def never(_: Any) -> None:
+    def never(*_: Any) -> None:
         pytest.fail("a run with wrong input began")
 
     def run(*arguments: str) -> str:
-        monkeypatch.setattr(loop, "_compile", never)
+        monkeypatch.setattr(Program, "jit", never)
         code, said = main(*arguments)
         assert code == 2, said
         errors = [line for line in said.splitlines() if line.startswith("error: ")]
@@ -271,7 +272,7 @@ class Tracer:
     def __init__(self, error_at: int = 0, error: Exception | None = None, nan_at: int = 0):
         self.error_at, self.error, self.nan_at = error_at, error, nan_at
 
-    def __call__(self, run: Any) -> Any:
+    def __call__(self, optimizer: Any) -> Any:
         def step(state: Any, frozen: Any, batch: Any, schedule: Any) -> Any:
             n = int(state.step) + 1
             if n == self.error_at and self.error is not None:
@@ -289,7 +290,7 @@ def counted(monkeypatch) -> Callable[..., None]:
     """Puts a `Tracer` in the place of the compiled step."""
 
     def put(**arguments: Any) -> None:
-        monkeypatch.setattr(loop, "_compile", Tracer(**arguments))
+        monkeypatch.setattr(Program, "jit", Tracer(**arguments))
 
     return put
 
