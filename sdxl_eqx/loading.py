@@ -147,9 +147,9 @@ class ModelParts(ModelShapes):
                     "they are not of one SDXL base model (the refiner cannot be trained alone)."
                 )
 
-    def tokenize(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of both tokenizers, each `[b, 77]`."""
-        first, second = (tokenize(tokenizer, prompts)[0] for tokenizer in self.tokenizers)
+    def tokenize(self, prompts: Sequence[str], chunks: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of both tokenizers, each `[b, 77 x chunks]`."""
+        first, second = (tokenize(tokenizer, prompts, chunks)[0] for tokenizer in self.tokenizers)
         return first, second
 
     def tensors(self, part: str, *, flag: str) -> Tensors:
@@ -240,14 +240,23 @@ class _Configs:
             raise ValueError(f"{file}: is not of SDXL ({error!r}); fetch the model's own.") from None
 
 
-def fingerprint(encoders: Encoders, parts: ModelParts) -> str:
-    """Names what the encoders would make of any picture and caption: their weights, configs and tokenizers."""
-    digest = hashlib.blake2b(digest_size=16)
-    for config in (parts.vae, parts.text, parts.text_2):
-        digest.update(repr(config).encode())
+def vae_fingerprint(vae: VAE, config: VAEConfig) -> str:
+    """Names what a VAE, its arrays in this process's memory, would make of any picture."""
+    return _fingerprint([repr(config)], vae)
+
+
+def text_fingerprint(encoders: Sequence[CLIPText], parts: ModelParts) -> str:
+    """Names what both text encoders, their arrays in this process's memory, would make of any caption."""
+    words = [repr(parts.text), repr(parts.text_2)]
     for tokenizer in parts.tokenizers:
-        digest.update(tokenizer.backend_tokenizer.to_str().encode())
-        digest.update(str(tokenizer.pad_token_id).encode())
-    for leaf in jax.tree.leaves(encoders):
+        words += [tokenizer.backend_tokenizer.to_str(), str(tokenizer.pad_token_id)]
+    return _fingerprint(words, encoders)
+
+
+def _fingerprint(words: Sequence[str], weights: Any) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for word in words:
+        digest.update(word.encode())
+    for leaf in jax.tree.leaves(weights):
         digest.update(np.ascontiguousarray(leaf).tobytes())
     return digest.hexdigest()

@@ -40,11 +40,15 @@ BAD: dict[str, list[Any]] = {
     "max_grad_norm": [0.0, math.inf, math.nan],
     "ema_decay": [-0.1, 1.0, math.nan],
     "ema_every": [0],
+    "dataset_name": ["someone/pictures"],  # beside VALID's folder
     "train_data_dir": [""],
     "compile_topology_num_slices": [0, -2],
     "resolution": [0, 4, -8, 12],
     "max_train_samples": [0, -2],
     "transform_images_num_proc": [0],
+    "bucket_count": [0],
+    "keep_tokens": [-1],
+    "caption_chunks": [0],
     "caption_dropout": [-0.1, 1.1, math.nan],
     "max_bad_fraction": [-0.1, 1.1, math.nan],
     "mesh_axes": [

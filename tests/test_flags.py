@@ -19,6 +19,15 @@ from sdxl_eqx.config.train import plain
 from sdxl_eqx.flags import NAMES, SWITCHES, FlagError, command_line, merge, parse, read, switches
 
 DATA = ["--train-data-dir", "pictures"]
+
+
+def data_beside(key: str) -> list[str]:
+    """The flags of a data set with which a key goes."""
+    if key in ("dataset_config_name", "hf_data_dir", "hf_train_files"):
+        return ["--dataset-name", "someone/pictures"]
+    return [] if key in ("train_data_dir", "dataset_name") else DATA
+
+
 TOKEN = "hf_topsecret"
 
 Refusal = Callable[[Sequence[str]], str]
@@ -111,7 +120,7 @@ def entry(key: str, new: Any) -> dict[str, Any]:
 def test_every_published_name_is_a_flag_and_a_key(key: str, written: Yaml, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(switches, "SWITCHES", ())
     new = example(key)
-    data = [] if key == "train_data_dir" else DATA
+    data = data_beside(key)
     assert value(parse([*data, f"{NAMES[key].flag}={written_as(new)}"]), key) == new
     file = written(yaml.safe_dump(entry(key, new)))
     assert value(parse(["--config", file, *data]), key) == new
@@ -547,6 +556,23 @@ OFF = {
         {"cache_latents_text_encoder_outputs": False},
         "--cache-latents-text-encoder-outputs",
     ),
+    **{key: ({}, "--dataset-name") for key in ("dataset_config_name", "hf_data_dir", "hf_train_files", "train_split")},
+    "train_data_dir": ({"dataset_type": "synthetic"}, "--dataset-type"),
+    **{
+        key: ({"dataset_type": "tfrecord"}, "--dataset-type")
+        for key in (
+            "aspect_ratio_buckets",
+            "center_crop",
+            "random_flip",
+            "caption_shuffle",
+            "caption_chunks",
+            "image_column",
+            "caption_column",
+        )
+    },
+    "bucket_count": ({}, "--aspect-ratio-buckets"),
+    "bucket_upscale": ({}, "--aspect-ratio-buckets"),
+    "keep_tokens": ({}, "--caption-shuffle"),
     "metrics_file": ({"write_metrics": False}, "--write-metrics"),
     "guidance_scale": ({"do_classifier_free_guidance": False}, "--do-classifier-free-guidance"),
     "negative_prompt": ({"do_classifier_free_guidance": False}, "--do-classifier-free-guidance"),
@@ -564,6 +590,10 @@ ON = {
     "max_grad_value": ["--opt-enable-grad-clipping"],
     "max_grad_norm": ["--opt-enable-grad-global-norm-clipping"],
     "ema_every": ["--ema-decay", "0.9"],
+    "train_split": ["--dataset-type", "hf"],
+    "bucket_count": ["--aspect-ratio-buckets"],
+    "bucket_upscale": ["--aspect-ratio-buckets"],
+    "keep_tokens": ["--caption-shuffle"],
 }
 """The flags that switch on what is off by default."""
 
@@ -585,7 +615,7 @@ def test_a_flag_whose_switch_is_off_is_refused_with_the_switch(key: str, written
 @pytest.mark.parametrize("key", OFF)
 def test_a_flag_whose_switch_is_on_is_taken(key: str, caplog: pytest.LogCaptureFixture):
     new = True if NAMES[key].type is bool else example(key)
-    config = parse([*DATA, *ON.get(key, []), f"{NAMES[key].flag}={new}"])
+    config = parse([*data_beside(key), *ON.get(key, []), f"{NAMES[key].flag}={new}"])
     assert value(config, key) == new
     assert not caplog.records
 

@@ -10,6 +10,10 @@ from sdxl_eqx.arrays import DtypeName
 Axes = tuple[str, ...]
 """Axes of the mesh."""
 
+DatasetType = Literal[
+    "auto", "hf", "imagefolder", "parquet", "webdataset", "arrayrecord", "tfrecord", "synthetic"
+]  # fmt: skip
+
 AxisRules = tuple[tuple[str, Axes], ...]
 """The axes of the mesh that share each named dimension."""
 
@@ -207,14 +211,35 @@ class DiffusionSchedulerConfig:
 class DataConfig:
     """Pictures and captions."""
 
+    dataset_name: str = ""
+    """Data set of the Hub, as NAME or NAME@REVISION."""
+    dataset_config_name: str = ""
+    """Configuration of that data set, where it has several."""
+    train_split: str = "train"
+    """Its split, such as train or train[:1000]."""
+    hf_data_dir: str = ""
+    """Folder inside the Hub's data set."""
+    hf_train_files: str = ""
+    """Files inside the Hub's data set; * stands for any name."""
     train_data_dir: str = ""
-    """Folder of pictures with metadata.jsonl; `asset:emoji` is the one that comes with the package."""
-    image_column: str = "file_name"
-    """Field of metadata.jsonl that names the picture."""
+    """Folder (local, gs://, s3://, hf://) of pictures, parquet or arrow files, webdataset tars, ArrayRecord or TFRecord
+    files; `asset:emoji` is the one that comes with the package."""
+    dataset_type: DatasetType = "auto"
+    """auto takes what it finds. tfrecord: latents and text embeddings as MaxDiffusion writes them. synthetic: noise."""
+    image_column: str = "image"
+    """Column or field of the picture; in metadata.jsonl and metadata.csv `file_name` will do."""
     caption_column: str = "text"
-    """Field of metadata.jsonl that holds the caption."""
+    """Column or field of the caption: a string, a list of which each visit picks one, or either as JSON."""
     resolution: int = 1024
-    """Side of the square that pictures are resized and cropped to; a multiple of 8."""
+    """Side of the square that pictures are resized and cropped to, a multiple of 8; with buckets the side of the square
+    whose area they have about."""
+    aspect_ratio_buckets: bool = False
+    """Batches of one shape each, as near as may be to their pictures' own: about resolution squared pixels, sides
+    multiples of 64."""
+    bucket_count: int = 9
+    """At most so many shapes; each is compiled once."""
+    bucket_upscale: bool = False
+    """Enlarge pictures that are smaller than their bucket; otherwise they get smaller buckets."""
     center_crop: bool = False
     """Crop the middle instead of a random place; either is recorded in time_ids."""
     random_flip: bool = False
@@ -232,8 +257,17 @@ class DataConfig:
     caption_dropout: float = 0.0
     """Share of samples that train with the encoded empty prompt, for classifier-free guidance; the export then says
     that an absent negative prompt is to be encoded, not zeroed."""
+    caption_shuffle: bool = False
+    """Shuffle the comma-separated tags of a caption at each visit; text is then encoded in the step, only latents are
+    cached."""
+    keep_tokens: int = 0
+    """So many first tags stay in their place."""
+    caption_chunks: int = 1
+    """A prompt may have so many times 75 tokens, encoded in chunks; what is longer is cut."""
     max_bad_fraction: float = 0.01
-    """The run stops when unreadable pictures exceed max(10, this share of all), or are all."""
+    """The run stops when unusable samples exceed max(10, this share of all), or are all."""
+    reuse_example_batch: bool = False
+    """The first batch again and again, to time the step alone."""
     hf_access_token: str = field(default="", repr=False)
     """Token for the Hub; '' takes HF_TOKEN from the environment. Never logged or saved."""
 

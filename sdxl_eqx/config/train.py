@@ -97,17 +97,7 @@ def rules(config: TrainConfig) -> list[Rule]:
         ("max_grad_norm", "must be a finite number above 0", 0 < optim.max_grad_norm < math.inf),
         ("ema_decay", "must be at least 0 and below 1", 0 <= optim.ema_decay < 1),
         ("ema_every", "must be 1 or more", optim.ema_every >= 1),
-        (
-            "train_data_dir",
-            "name a folder of pictures with metadata.jsonl, "
-            f"or try the bundled one first: python scripts/train.py --config {TINY}",
-            bool(data.train_data_dir or parallel.compile_topology),
-        ),
-        ("resolution", "must be a multiple of 8, at least 8", data.resolution >= 8 and data.resolution % 8 == 0),
-        ("max_train_samples", "must be -1 (all) or above 0", _whole(data.max_train_samples)),
-        ("transform_images_num_proc", "must be 1 or more", data.transform_images_num_proc >= 1),
-        ("caption_dropout", "must be from 0 to 1", 0 <= data.caption_dropout <= 1),
-        ("max_bad_fraction", "must be from 0 to 1", 0 <= data.max_bad_fraction <= 1),
+        *_data_rules(data, needs_data=not parallel.compile_topology),
         *_parallel_rules(parallel),
         ("checkpoint_every", "must be -1 (at the end) or above 0, in samples", _whole(checkpoint.checkpoint_every)),
         ("checkpoints_to_keep", "must be 1 or more", checkpoint.checkpoints_to_keep >= 1),
@@ -117,6 +107,35 @@ def rules(config: TrainConfig) -> list[Rule]:
         ("sample_every", "must be -1 (at the end) or above 0, in samples", _whole(sample.sample_every)),
         ("samples_per_grid", "must be 0 or more", sample.samples_per_grid >= 0),
         ("caption_retrieval", "must be 0 or more", sample.caption_retrieval >= 0),
+    ]
+
+
+def _data_rules(data: DataConfig, *, needs_data: bool) -> list[Rule]:
+    is_synthetic, side = data.dataset_type == "synthetic", 64 if data.aspect_ratio_buckets else 8
+    return [
+        (
+            "dataset_name",
+            "must stand without --train-data-dir, and with --dataset-type auto or hf",
+            not data.dataset_name or (not data.train_data_dir and data.dataset_type in ("auto", "hf")),
+        ),
+        (
+            "train_data_dir",
+            "name a folder of pictures, or a data set of the Hub with --dataset-name; "
+            f"or try the bundled one first: python scripts/train.py --config {TINY}",
+            bool(data.train_data_dir or data.dataset_name or is_synthetic or not needs_data),
+        ),
+        (
+            "resolution",
+            "must be a multiple of 8, at least 8; with --aspect-ratio-buckets of 64, at least 64",
+            data.resolution >= side and data.resolution % side == 0,
+        ),
+        ("bucket_count", "must be 1 or more", data.bucket_count >= 1),
+        ("max_train_samples", "must be -1 (all) or above 0", _whole(data.max_train_samples)),
+        ("transform_images_num_proc", "must be 1 or more", data.transform_images_num_proc >= 1),
+        ("caption_dropout", "must be from 0 to 1", 0 <= data.caption_dropout <= 1),
+        ("keep_tokens", "must be 0 or more", data.keep_tokens >= 0),
+        ("caption_chunks", "must be 1 or more", data.caption_chunks >= 1),
+        ("max_bad_fraction", "must be from 0 to 1", 0 <= data.max_bad_fraction <= 1),
     ]
 
 

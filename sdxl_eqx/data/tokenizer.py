@@ -21,6 +21,8 @@ Tokenizers = tuple[CLIPTokenizer, CLIPTokenizer]
 """Of the first and of the second text encoder."""
 
 LENGTH = 77
+WORDS = LENGTH - 2
+"""Tokens of a chunk between its start and its end."""
 VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 VOCABULARY_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -106,14 +108,20 @@ def _mark(token: str) -> str | dict[str, str | bool]:
     return {"content": token, "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
 
 
-def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> tuple[Int32[np.ndarray, "b 77"], int]:
-    """Token ids, padded to 77, and how many captions were longer and so were cut (their end token stays)."""
-    ids = np.full((len(captions), LENGTH), tokenizer.pad_token_id, np.int32)
+def tokenize(
+    tokenizer: CLIPTokenizer, captions: Sequence[str], chunks: int = 1
+) -> tuple[Int32[np.ndarray, "b s"], int]:
+    """Token ids in so many chunks of 77, and how many captions were longer and so were cut.
+
+    Each chunk has a start token, up to 75 tokens of the caption, and an end token, as AUTOMATIC1111 and ComfyUI have
+    them; the rest is padding.
+    """
+    ids = np.full((len(captions), chunks, LENGTH), tokenizer.pad_token_id, np.int32)
     number_cut = 0
     rows = tokenizer(list(captions), verbose=False)["input_ids"] if captions else []
-    for i, row in enumerate(rows):
-        if len(row) > LENGTH:
-            row = [*row[: LENGTH - 1], row[-1]]
-            number_cut += 1
-        ids[i, : len(row)] = row
-    return ids, number_cut
+    for i, (start, *words, end) in enumerate(rows):
+        number_cut += len(words) > chunks * WORDS
+        for j in range(chunks):
+            chunk = [start, *words[j * WORDS : (j + 1) * WORDS], end]
+            ids[i, j, : len(chunk)] = chunk
+    return ids.reshape(len(captions), chunks * LENGTH), number_cut

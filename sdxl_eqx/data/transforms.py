@@ -1,97 +1,55 @@
-"""From a picture file to the square the model sees, and the numbers that tell the model how it was cut."""
-
-import io
-from pathlib import Path
+"""From a picture to the crop that the model sees, and the numbers that tell the model how it was cut."""
 
 import numpy as np
 from jaxtyping import Float32, UInt8
-from PIL import Image, ImageOps
+from PIL import Image
 
-MAX_PIXELS = 89_478_485
-"""Larger pictures are refused (Pillow's own bound, from which it warns of decompression bombs)."""
-
-
-class BadPicture(ValueError):
-    """A picture that cannot be used; `name` is its file, `reason` is why."""
-
-    def __init__(self, name: str, reason: str):
-        super().__init__(f"{name}: {reason}")
-        self.name = name
-        self.reason = reason
+from sdxl_eqx.data.pictures import Picture, Size, scaled_size
 
 
-def read_picture(source: Path | bytes) -> UInt8[np.ndarray, "H W 3"]:
-    """sRGB pixels in 0..255 of a file or of its bytes: upright by its EXIF orientation, transparency over white.
-
-    16-bit greys keep their high byte; of an animation the first frame counts.
-
-    Raises:
-        BadPicture: truncated, no picture, larger than `MAX_PIXELS`, or of floating-point values.
-    """
-    name = str(source) if isinstance(source, Path) else "picture in memory"
-    try:
-        data = source.read_bytes() if isinstance(source, Path) else source
-        with Image.open(io.BytesIO(data)) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels; scale it down")
-            return np.array(_to_rgb(ImageOps.exif_transpose(image)))
-    except Exception as error:  # damaged files make decoders raise anything, down to struct.error and IndexError
-        raise BadPicture(name, f"{type(error).__name__}: {error}") from error
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range; save it with 8 bits a channel")
-    if image.mode.startswith("I"):
-        return Image.fromarray((np.clip(np.asarray(image), 0, 65535) >> 8).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+def draw_crop(size: Size, target: Size, *, center_crop: bool, rng: np.random.Generator) -> tuple[int, int]:
+    """(top, left) of a crop of `target` in the picture scaled to cover it: the middle, or drawn from `rng`."""
+    room_h, room_w = (scaled - side for scaled, side in zip(scaled_size(size, target), target, strict=True))
+    if center_crop:
+        return room_h // 2, room_w // 2
+    return int(rng.integers(room_h + 1)), int(rng.integers(room_w + 1))
 
 
 def resize_and_crop(
-    picture: UInt8[np.ndarray, "H W 3"],
-    resolution: int,
-    *,
-    center_crop: bool,
-    flip: bool,
-    rng: np.random.Generator,
-) -> tuple[UInt8[np.ndarray, "R R 3"], Float32[np.ndarray, " 6"]]:
-    """A square of the picture, whose shorter side is first scaled to `resolution`, and its `time_ids`.
+    picture: Picture, target: Size, top_left: tuple[int, int]
+) -> tuple[UInt8[np.ndarray, "H W 3"], Float32[np.ndarray, " 6"]]:
+    """A crop of the picture scaled to cover `target` (Lanczos, antialiased), and its `time_ids`.
 
-    The square is the middle or drawn from `rng`; a flip mirrors it and the recorded left edge. The ids are
-    (original height, original width, crop top, crop left, resolution, resolution), the crop in scaled pixels: what
-    diffusers' `train_text_to_image_sdxl.py` records.
+    The ids are (original height, original width, crop top, crop left, target height, target width), the crop in scaled
+    pixels: SDXL's micro-conditioning (arXiv:2307.01952, section 2.2) as diffusers' `train_text_to_image_sdxl.py` has
+    it.
+
+    Args:
+        picture: a picture read whole or for this target.
+        target: size of the crop.
+        top_left: where it lies in the scaled picture, as `draw_crop` says.
     """
-    h, w = picture.shape[:2]
-    scaled_h, scaled_w = _scaled(h, w, resolution)
-    if center_crop:
-        top, left = (scaled_h - resolution) // 2, (scaled_w - resolution) // 2
-    else:
-        top, left = (int(rng.integers(side - resolution + 1)) for side in (scaled_h, scaled_w))
-    if (scaled_h, scaled_w) == (h, w):
-        square = np.ascontiguousarray(picture[top : top + resolution, left : left + resolution])
-    else:  # only the square is computed: a long panorama never exists at its full scaled width
-        y, x = h / scaled_h, w / scaled_w
-        box = (left * x, top * y, (left + resolution) * x, (top + resolution) * y)
-        scaled = Image.fromarray(picture).resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
-        square = np.array(scaled)
-    time_ids = np.array([h, w, top, left, resolution, resolution], np.float32)
-    return mirror(square, time_ids) if flip else (square, time_ids)
+    H, W = target
+    top, left = top_left
+    scaled_h, scaled_w = scaled_size(picture.size, target)
+    decoded_h, decoded_w = picture.pixels.shape[:2]
+    if picture.box is None and (decoded_h, decoded_w) == (scaled_h, scaled_w):
+        pixels = np.ascontiguousarray(picture.pixels[top : top + H, left : left + W])
+    else:  # only the crop is computed: a long panorama never exists at its full scaled width
+        y0, x0, y1, x1 = picture.box or (0, 0, decoded_h, decoded_w)
+        y, x = (y1 - y0) / scaled_h, (x1 - x0) / scaled_w
+        box = (x0 + left * x, y0 + top * y, x0 + (left + W) * x, y0 + (top + H) * y)
+        pixels = np.array(Image.fromarray(picture.pixels).resize((W, H), Image.Resampling.LANCZOS, box=box))
+    return pixels, np.array([*picture.size, top, left, H, W], np.float32)
 
 
 def mirror(
-    square: UInt8[np.ndarray, "R R 3"], time_ids: Float32[np.ndarray, " 6"]
-) -> tuple[UInt8[np.ndarray, "R R 3"], Float32[np.ndarray, " 6"]]:
-    """The same crop of the mirrored picture: `left` becomes `scaled width - resolution - left`."""
-    h, w, _, left, resolution, _ = (int(i) for i in time_ids)
+    pixels: UInt8[np.ndarray, "H W 3"], time_ids: Float32[np.ndarray, " 6"]
+) -> tuple[UInt8[np.ndarray, "H W 3"], Float32[np.ndarray, " 6"]]:
+    """The same crop of the mirrored picture: `left` becomes `scaled width - W - left`."""
+    h, w, _, left, H, W = (int(i) for i in time_ids)
     mirrored_ids = time_ids.copy()
-    mirrored_ids[3] = _scaled(h, w, resolution)[1] - resolution - left
-    return np.ascontiguousarray(square[:, ::-1]), mirrored_ids
-
-
-def _scaled(h: int, w: int, resolution: int) -> tuple[int, int]:
-    """Size after the shorter side is scaled to `resolution`."""
-    scale = resolution / min(h, w)
-    return round(h * scale), round(w * scale)
+    mirrored_ids[3] = scaled_size((h, w), (H, W))[1] - W - left
+    # NumPy takes more than twice as long for it.
+    mirrored = np.array(Image.fromarray(pixels).transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+    return mirrored, mirrored_ids

@@ -65,6 +65,36 @@ SWITCHES = (
         lambda c: c.data.cache_latents_text_encoder_outputs,
         "add --cache-latents-text-encoder-outputs",
     ),
+    Switch(
+        ("dataset_config_name", "hf_data_dir", "hf_train_files"),
+        lambda c: bool(c.data.dataset_name),
+        "name a data set of the Hub with --dataset-name",
+    ),
+    Switch(
+        ("train_split",),
+        lambda c: bool(c.data.dataset_name) or c.data.dataset_type == "hf",
+        "name a data set of the Hub with --dataset-name, or choose --dataset-type hf",
+    ),
+    Switch(
+        ("train_data_dir", "image_column", "caption_column"),
+        lambda c: c.data.dataset_type != "synthetic",
+        "choose another --dataset-type than synthetic",
+    ),
+    Switch(
+        (
+            "aspect_ratio_buckets",
+            "center_crop",
+            "random_flip",
+            "caption_shuffle",
+            "caption_chunks",
+            "image_column",
+            "caption_column",
+        ),
+        lambda c: c.data.dataset_type != "tfrecord",
+        "choose another --dataset-type than tfrecord, whose pictures and captions are encoded already",
+    ),
+    Switch(("bucket_count", "bucket_upscale"), lambda c: c.data.aspect_ratio_buckets, "add --aspect-ratio-buckets"),
+    Switch(("keep_tokens",), lambda c: c.data.caption_shuffle, "add --caption-shuffle"),
     Switch(("metrics_file",), lambda c: c.metrics.write_metrics, "add --write-metrics"),
     Switch(
         ("guidance_scale", "negative_prompt"),

@@ -34,10 +34,17 @@ class Encoders(eqx.Module):
     def encode_text(
         self, ids: Int[Array, "b s"], ids_2: Int[Array, "b s"], *, compute: Compute = Compute()
     ) -> tuple[Float[Array, "b s e"], Float[Array, "b p"]]:
-        """(context, pooled) of prompts tokenized by either tokenizer."""
+        """(context, pooled) of prompts tokenized by either tokenizer.
+
+        Prompts of several chunks, each as long as the encoders read at once, are encoded chunk by chunk; their hidden
+        states follow each other, and the pooled embedding is the first chunk's (as AUTOMATIC1111 and ComfyUI have it).
+        """
+        b, s = ids.shape
+        length = min(s, self.text_encoder.config.max_position_embeddings)
+        ids, ids_2 = ids.reshape(-1, length), ids_2.reshape(-1, length)
         first, _ = self.text_encoder(ids, compute=compute)
         second, pooled = self.text_encoder_2(ids_2, compute=compute)
-        return jnp.concatenate([first, second], axis=-1), pooled
+        return jnp.concatenate([first, second], axis=-1).reshape(b, s, -1), pooled[:: s // length]
 
 
 class SDXL(eqx.Module):

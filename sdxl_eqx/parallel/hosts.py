@@ -87,16 +87,31 @@ def agree(value: str) -> str:
     return gather_texts(value)[0]
 
 
-def gather_texts(text: str) -> list[str]:
-    """The text of each process, in their order."""
+def index() -> int:
+    """Which of the processes this is."""
+    return jax.process_index()
+
+
+def count() -> int:
+    """How many processes there are."""
+    return jax.process_count()
+
+
+def gather_bytes(text: bytes) -> list[bytes]:
+    """The bytes of each process, in their order."""
     if jax.process_count() == 1:
         return [text]
-    data = np.frombuffer(text.encode(), np.uint8)
+    data = np.frombuffer(text, np.uint8)
     lengths = np.asarray(multihost_utils.process_allgather(np.int32(data.size)))
     padded = np.zeros(int(lengths.max()), np.uint8)
     padded[: data.size] = data
     rows = np.asarray(multihost_utils.process_allgather(padded))
-    return [row[:length].tobytes().decode() for row, length in zip(rows, lengths, strict=True)]
+    return [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]
+
+
+def gather_texts(text: str) -> list[str]:
+    """The text of each process, in their order."""
+    return [one.decode() for one in gather_bytes(text.encode())]
 
 
 def gather_json(value: T) -> list[T]:

@@ -185,7 +185,7 @@ class Target:
         n, batch, config = program.mesh.size, program.batch_size, program.config
         side = config.data.resolution // self.shapes.vae.downscale
         unet = batch * unet_training_flops(self.shapes.unet, side, side) / 1e12
-        encoders = 0.0 if program.cached else batch * encoding_flops(self.shapes, config.data.resolution) / 1e12
+        encoders = 0.0 if program.is_encoded else batch * encoding_flops(self.shapes, config.data.resolution) / 1e12
         shares = program.layout.size(program.layout.batch)
         ratio = recompute_ratio(self.shapes.unet, program.compute, batch=shares, side=side, dtype=program.dtype)
         peak_rate = n * self.chip.tflops

@@ -4,89 +4,107 @@ import logging
 import os
 import signal
 import time
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from sdxl_eqx.data.batch import Batch, LatentBatch
-from sdxl_eqx.data.cache import (
-    CachedSource,
-    EncodeCaptions,
-    EncodePictures,
-    cache_key,
-    cached_reader,
-    open_cache,
-    write_cache,
-)
-from sdxl_eqx.data.loader import BadItems, make_stream, picture_reader, position_after, to_batch
-from sdxl_eqx.loading import fingerprint
+from sdxl_eqx.data.bad import BadItems
+from sdxl_eqx.data.batch import AnyBatch, to_batch
+from sdxl_eqx.data.buckets import Buckets, one_bucket
+from sdxl_eqx.data.cache import latent_reader
+from sdxl_eqx.data.loader import Read, make_stream, picture_reader, position
+from sdxl_eqx.data.order import Order
+from sdxl_eqx.data.sources import Source
+from sdxl_eqx.data.sources.latents import LatentRecords
 from sdxl_eqx.models.sdxl import Encoders
 from sdxl_eqx.parallel import hosts
-from sdxl_eqx.parallel.mesh import batch_sharding, own_rows
-from sdxl_eqx.parallel.specs import put
+from sdxl_eqx.parallel.mesh import own_rows
+from sdxl_eqx.training.encoding import Encoding
+from sdxl_eqx.training.looking import look_at
 from sdxl_eqx.training.setup import Run
-from sdxl_eqx.training.step import encode_pixels
 
 log = logging.getLogger("sdxl_eqx")
 
-AT_ONCE = 2 * 1024**2
-"""Pixels that a device encodes at once: the VAE's widest float32 arrays take 0.5 GB for a picture of 1024 x 1024, and
-without a kernel its attention's scores 1 GB."""
+
+@dataclass(frozen=True)
+class Feed:
+    """What the loop trains on."""
+
+    stream: Any
+    """Arrays of this process's rows of each batch, from the run's position on."""
+    frozen: Encoders | None
+    """The encoders that the step needs, or None where batches are encoded already."""
+    buckets: Buckets
+    """The shapes of batches."""
+    bad: BadItems
+    position: int
+    """The number of the next batch."""
 
 
-def feed(run: Run) -> tuple[Any, Encoders | None]:
-    """(stream of batches at the run's position, frozen encoders or None where the batches are encoded already).
+def feed(run: Run) -> Feed:
+    """Open the data at the run's position, encoding what is not cached yet.
 
     Raises:
-        ValueError: where too many pictures cannot be read, or the cache is damaged.
+        ValueError: where too many samples cannot be used, or the cache is damaged.
+        OSError: where the cache cannot be written.
     """
-    config = run.config
-    bad = BadItems(len(run.source), config.data.max_bad_fraction)
-    common = {
-        "batch_size": run.batch_size,
-        "rows": own_rows(run.program.batch_sharding, run.batch_size),
-        "seed": config.run.seed,
-        "shuffle": config.data.enable_data_shuffling,
-        "num_threads": config.data.transform_images_num_proc,
-        "bad": bad,
-    }
-    frozen = None
-    if config.data.cache_latents_text_encoder_outputs:
-        on_host = hosts.to_host(run.encoders)
-        cached = _cache(run, fingerprint(on_host, run.parts), bad)
-        read = cached_reader(config.data.caption_dropout, config.data.random_flip, cached.empty)
-        stream = make_stream(cached, read, **common)
-        # The encoders wait in host memory until there are pictures to draw.
-        run.encoders = on_host
-    else:
-        stream = make_stream(run.source, picture_reader(config.data, run.parts.tokenizers), **common)
-        frozen = run.encoders
-    if run.data_positions:
-        _go_on(stream, run, common["rows"])
-    return stream, frozen
+    data = run.config.data
+    bad = BadItems(len(run.source), data.max_bad_fraction)
+    buckets, read, frozen = _readers(run, bad)
+    order = Order(buckets.of, batch_size=run.batch_size, seed=run.config.run.seed, shuffle=data.enable_data_shuffling)
+    rows = own_rows(run.program.batch_sharding, run.batch_size)
+    threads = data.transform_images_num_proc
+    stream = make_stream(order, read, seed=run.config.run.seed, num_threads=threads, rows=rows, bad=bad)
+    start = next_batch(run)
+    if start:
+        stream.set_state(position(start, len(rows)))
+    return Feed(stream, frozen, buckets, bad, start)
 
 
-def positions(state: dict[str, Any], run: Run) -> list[dict[str, Any]]:
-    """Of each process, where its stream is in the data, and which rows of a batch it feeds; JSON."""
-    return hosts.gather_json({"stream": state, "rows": own_rows(run.program.batch_sharding, run.batch_size)})
+def next_batch(run: Run) -> int:
+    """Where a run goes on in its order of batches; with another batch size, where as many samples were given."""
+    was = run.data_position
+    if was.get("batch_size", run.batch_size) == run.batch_size:
+        return int(was.get("next_batch", run.state.step))
+    samples = was["next_batch"] * was["batch_size"]
+    log.info("saved with %d samples a step, now %d: the data go on after %d samples",
+             was["batch_size"], run.batch_size, samples)  # fmt: skip
+    return samples // run.batch_size
 
 
-def _go_on(stream: Any, run: Run, rows: list[int]) -> None:
-    """Put a stream where the run was saved."""
-    was = run.data_positions
-    mine = was[jax.process_index()] if len(was) == jax.process_count() else None
-    # Alone, a process reads all samples in their order, whatever the size of a batch.
-    same = mine is not None and "stream" in mine and (len(was) == 1 or mine["rows"] == rows)
-    if all(hosts.gather_json(same)) and mine is not None:
-        stream.set_state(mine["stream"])
-        return
-    step = int(run.state.step)
-    stream.set_state(position_after(step, len(rows)))
-    log.info("saved by %d processes, now %d, which feed other rows: the data go on at batch %d, whatever was skipped "
-             "before", len(was), jax.process_count(), step)  # fmt: skip
+def _readers(run: Run, bad: BadItems) -> tuple[Buckets, Read, Encoders | None]:
+    """The shapes of batches, what reads a sample, and the encoders that the step needs."""
+    config, source, data = run.config, run.source, run.config.data
+    encoding = Encoding(config, run.layout, run.program.encoding, run.parts, run.encoders)
+    if isinstance(source, LatentRecords):
+        buckets = one_bucket(np.ones(len(source), bool), source.resolution)
+        empty = encoding.empty() if data.caption_dropout > 0 else None
+        run.encoders = hosts.to_host(run.encoders)
+        return buckets, latent_reader(source, data, empty), None
+    is_cached = data.cache_latents_text_encoder_outputs
+    if not is_cached and not data.aspect_ratio_buckets:
+        buckets = one_bucket(np.ones(len(source), bool), data.resolution)
+        return buckets, _picture_reader(run, source, buckets), run.encoders
+    looked, buckets = look_at(source, run.parts, data, bad, batch_size=run.batch_size)
+    if not is_cached:
+        return buckets, _picture_reader(run, source, buckets), run.encoders
+    folder = Path(data.dataset_save_location or run.folder.path / "cache")
+    on_host = hosts.to_host(run.encoders)
+    cached = encoding.cached(source, folder, looked, buckets, bad, on_host=on_host)
+    frozen = None if run.program.is_encoded else run.encoders
+    if frozen is None:
+        run.encoders = on_host  # they wait in host memory until there are pictures to draw
+    buckets = Buckets(buckets.shapes, np.where(cached.usable, buckets.of, -1).astype(buckets.of.dtype))
+    return buckets, cached.reader(source, run.parts.tokenizers), frozen
+
+
+def _picture_reader(run: Run, source: Source, buckets: Buckets) -> Read:
+    def target(sample: int) -> tuple[int, int]:
+        return buckets.shapes[buckets.of[sample]]
+
+    return picture_reader(source, run.parts.tokenizers, run.config.data, target)
 
 
 class Batches:
@@ -96,27 +114,35 @@ class Batches:
     the middle of a step the others would wait for it for ever. Nothing is saved of those steps.
     """
 
-    def __init__(self, stream: Any):
-        self.stream = stream
-        self.last: Batch | LatentBatch | None = None
+    def __init__(self, feed: Feed, *, is_one: bool = False):
+        """`is_one`: the first batch again and again."""
+        self.stream = feed.stream
+        self.next_index = feed.position
+        self.is_one = is_one
+        self.last: AnyBatch | None = None
         self.failure: Exception | None = None
+        self.waited = 0.0
+        """Seconds that `next` took in all."""
 
-    def next(self) -> Batch | LatentBatch:
+    def next(self) -> AnyBatch:
         """The next one.
 
         Raises:
-            ValueError: where too many pictures cannot be read.
+            ValueError: where too many samples cannot be used.
         """
+        began = time.perf_counter()
         if self.last is None:
             self.last = hosts.together(self._read)
-        elif self.failure is None:
+        elif self.failure is None and not self.is_one:
             try:
                 self.last = self._read()
             except (ValueError, OSError) as error:
-                if jax.process_count() == 1:
+                if hosts.count() == 1:
                     raise
                 self.failure = error
                 os.kill(os.getpid(), signal.SIGTERM)
+        self.next_index += 1
+        self.waited += time.perf_counter() - began
         return self.last
 
     def raise_failure(self) -> None:
@@ -127,64 +153,5 @@ class Batches:
         """
         hosts.raise_together(self.failure)
 
-    def _read(self) -> Batch | LatentBatch:
+    def _read(self) -> AnyBatch:
         return to_batch(next(self.stream))
-
-
-def _cache(run: Run, model_fingerprint: str, bad: BadItems) -> CachedSource:
-    """The encoded data set: the one that is there, or a new one."""
-    config = run.config
-    folder = Path(config.data.dataset_save_location or run.folder.path / "cache")
-    key = cache_key(run.source, model_fingerprint, config.data, config.run.seed)
-    hosts.same(key, "pictures, captions or encoders of the key")
-    cached = hosts.together(partial(open_cache, folder, key))
-    if not all(hosts.gather_json(cached is not None)):
-        began = time.perf_counter()
-        # Every process has all pictures encoded, on all devices together, and the first one writes.
-        encode_pictures, encode_captions, batch_size = _encoders(run)
-        write = partial(
-            write_cache, run.source, folder, key=key, encode_pictures=encode_pictures, encode_captions=encode_captions,
-            tokenizers=run.parts.tokenizers, config=config.data, seed=config.run.seed, batch_size=batch_size, bad=bad,
-            is_writer=hosts.is_first(), together=hosts.together,
-        )  # fmt: skip
-        write()
-        seconds = time.perf_counter() - began
-        cached = hosts.together(partial(_written_cache, folder, key))
-        log.info("encoded %d samples once in %.1f s: %s", len(cached), seconds, cached.path)
-    assert cached is not None
-    return cached
-
-
-def _written_cache(folder: Path, key: str) -> CachedSource:
-    cached = open_cache(folder, key)
-    if cached is None:
-        raise ValueError(f"{folder}: the first process wrote the cache there and this one does not see it; share it.")
-    return cached
-
-
-def _encoders(run: Run) -> tuple[EncodePictures, EncodeCaptions, int]:
-    """What encodes pictures and captions, and how many at a time: as many as the devices share evenly."""
-    each = max(min(8 // run.mesh.size, AT_ONCE // run.config.data.resolution**2), 1)
-    batch_size = each * run.mesh.size
-    spread = batch_sharding(run.mesh, run.mesh.axis_names, batch_size)
-    whole, compute = run.layout.whole, run.program.encoding
-    enter = run.layout.enter if run.mesh.size > 1 else lambda tree: tree
-
-    @partial(jax.jit, out_shardings=whole)
-    def pictures(encoders: Encoders, pixels: Any) -> Any:
-        moments = encode_pixels(encoders.vae, enter(pixels), compute=compute)
-        return moments.mean, moments.logvar
-
-    @partial(jax.jit, out_shardings=whole)
-    def captions(encoders: Encoders, ids: Any, ids_2: Any) -> Any:
-        return encoders.encode_text(*enter((ids, ids_2)), compute=compute)
-
-    def encode_pictures(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        mean, logvar = pictures(run.encoders, put(pixels, spread))
-        return np.asarray(mean), np.asarray(logvar)
-
-    def encode_captions(ids: np.ndarray, ids_2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        context, pooled = captions(run.encoders, put(ids, spread), put(ids_2, spread))
-        return np.asarray(context), np.asarray(pooled)
-
-    return encode_pictures, encode_captions, batch_size

@@ -15,17 +15,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdxl_eqx.config import to_yaml
-from sdxl_eqx.data.batch import Batch, LatentBatch
+from sdxl_eqx.data.batch import AnyBatch, Batch
+from sdxl_eqx.data.pictures import Size
+from sdxl_eqx.data.sources.latents import LatentRecords
 from sdxl_eqx.data.tokenizer import save_tokenizers
 from sdxl_eqx.diffusion.schedule import Schedule
 from sdxl_eqx.models.sdxl import SDXL, cast
 from sdxl_eqx.parallel import hosts
 from sdxl_eqx.training.checkpoint import NotSaved
-from sdxl_eqx.training.feed import Batches, feed, positions
+from sdxl_eqx.training.feed import Batches, Feed, feed
 from sdxl_eqx.training.flops import unet_training_flops
 from sdxl_eqx.training.metrics import MetricsWriter, Watch
 from sdxl_eqx.training.setup import Run
-from sdxl_eqx.training.showing import caption_retrieval, draw_captions, grid, sample_prompts, save_pictures
+from sdxl_eqx.training.shapes import StepsByShape
+from sdxl_eqx.training.showing import (
+    caption_retrieval,
+    draw_captions,
+    first_captions,
+    grid,
+    sample_prompts,
+    save_pictures,
+)
 from sdxl_eqx.training.state import TrainState
 from sdxl_eqx.training.stop import Stop
 from sdxl_eqx.weights.folder import write_folder
@@ -64,42 +74,42 @@ def fit(run: Run) -> Outcome:
         finished=run.folder.finished_step == step,
     )  # fmt: skip
     try:
-        stream, frozen = hosts.together(partial(feed, run))
+        data = hosts.together(partial(feed, run))
         writer = hosts.together(open_writer)
     except (ValueError, OSError) as error:
         raise RunError(str(error)) from error
     except jax.errors.JaxRuntimeError as error:
         raise _explain(error, run, doing="encoding pictures") from error
     try:
-        return _train(run, stream, frozen, writer)
+        return _train(run, data, writer)
     except jax.errors.JaxRuntimeError as error:
         raise _explain(error, run) from error
     finally:
         writer.close()
 
 
-def _train(run: Run, stream: Any, frozen: Any, writer: MetricsWriter) -> Outcome:
+def _train(run: Run, data: Feed, writer: MetricsWriter) -> Outcome:
     """The steps that are left, and what follows the last one."""
     config = run.config
     start = int(run.state.step)
     schedule = Schedule(run.parts.schedule)
-    step_fn = run.program.jit(run.optimizer)
     writer.text("config", f"```\n{to_yaml(run.config)}\n```")
     watch = Watch(start=start, total=run.total_steps, log_period=config.metrics.log_period, is_shown=hosts.is_first())
     state = run.state
-    at = stream.get_state()
-    meter = _Meter(run, writer, watch)
+    batches = Batches(data, is_one=config.data.reuse_example_batch)
+    meter = _Meter(run, writer, watch, data)
 
-    batches = Batches(stream)
-    with Stop() as stop, jax.sharding.set_mesh(run.mesh):
+    with Stop() as stop, jax.sharding.set_mesh(run.mesh), _step(run, data) as step_fn:
         with watch:
             for n in range(start + 1, run.total_steps + 1):
+                waited = -batches.waited
                 batch = _explained(batches.next, run)
-                at = stream.get_state()
-                state, metrics = step_fn(state, frozen, _to_devices(batch, run), schedule)
+                waited += batches.waited
+                shape = _pixels(batch, run)
+                state, metrics = step_fn(shape, state, data.frozen, _to_devices(batch, run), schedule)
                 # Read while the device works on this step: the loop never waits for the step it just began.
                 meter.flush()
-                meter.put(n, metrics)
+                meter.put(n, metrics, shape, waited)
                 if stop.now(n):
                     break
                 # Samples first: a run that is killed between the two draws them again.
@@ -110,18 +120,37 @@ def _train(run: Run, stream: Any, frozen: Any, writer: MetricsWriter) -> Outcome
                 if _due(n, config.checkpoint.checkpoint_every, run.batch_size):
                     _explained(batches.raise_failure, run)
                     meter.flush()
-                    _save(run, n, state, at)
+                    _save(run, n, state, batches.next_index)
                     meter.restart()
             meter.flush()
         _explained(batches.raise_failure, run)
         step = int(state.step)
-        if not (_save(run, step, state, at) and _written(run)):
+        if not (_save(run, step, state, batches.next_index) and _written(run)):
             raise RunError(f"the checkpoint of step {step}, where the run stopped, could not be saved.")
         retrieval = None if stop.now() else _finish(run, step, state, writer, stop)
     return Outcome(step, stop.signal, retrieval)
 
 
-def _to_devices(batch: Batch | LatentBatch, run: Run) -> Batch | LatentBatch:
+@contextmanager
+def _step(run: Run, data: Feed) -> Iterator[Callable[..., Any]]:
+    """The compiled step on (height and width of its pictures, state, encoders or None, batch, schedule)."""
+    jitted = run.program.jit(run.optimizer)
+    if len(data.buckets.shapes) == 1:
+        yield lambda shape, *args: jitted(*args)
+        return
+    with StepsByShape(jitted, partial(run.program.arguments, run.optimizer), data.buckets.shapes, run.mesh) as steps:
+        yield steps
+
+
+def _pixels(batch: AnyBatch, run: Run) -> Size:
+    """(height, width) of a batch's pictures."""
+    if isinstance(batch, Batch):
+        return batch.pixels.shape[1], batch.pixels.shape[2]
+    _, h, w, _ = batch.mean.shape
+    return h * run.parts.vae.downscale, w * run.parts.vae.downscale
+
+
+def _to_devices(batch: AnyBatch, run: Run) -> AnyBatch:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(run.program.batch_sharding, x), batch)
 
 
@@ -138,10 +167,10 @@ def _due(n: int, every: int, batch_size: int) -> bool:
     return every > 0 and n * batch_size // every > (n - 1) * batch_size // every
 
 
-def _save(run: Run, n: int, state: TrainState, at: dict[str, Any]) -> bool:
+def _save(run: Run, n: int, state: TrainState, next_batch: int) -> bool:
     """Whether a checkpoint of step n is being written; a full disk costs that one alone, and is said loudly."""
     try:
-        run.checkpoints.save(n, state, run.saved(positions(at, run)))
+        run.checkpoints.save(n, state, run.saved(next_batch))
     except (NotSaved, OSError) as error:
         log.error("%s", error)
         return False
@@ -253,14 +282,16 @@ def _export(run: Run, step: int, whole: SDXL, dtype: Any) -> None:
 
 def _retrieve(run: Run, step: int, state: TrainState, writer: MetricsWriter) -> float | None:
     """Caption retrieval, its pictures and its record."""
-    n = min(run.config.sample.caption_retrieval, len(run.source))
-    pictures = _drawn(run, state, [example.caption for example in run.source.examples[:n]]) if n else None
+    source, n = run.source, min(run.config.sample.caption_retrieval, len(run.source))
+    if isinstance(source, LatentRecords) or n == 0:  # of latents there are no captions
+        return None
+    pictures = _drawn(run, state, first_captions(source, n))
     if pictures is None:
         return None
     if hosts.is_first():
         with _without("pictures of caption retrieval"):
             save_pictures(pictures, run.folder.evaluation)
-    retrieval = caption_retrieval(pictures, run.source, run.config.data.resolution)
+    retrieval = caption_retrieval(pictures, source, run.config.data.resolution)
     writer.write(step, {"eval/caption_retrieval": retrieval})
     log.info(
         "caption retrieval %.4f: of %d captions drawn, %d are nearest to their own picture (%s)",
@@ -272,19 +303,21 @@ def _retrieve(run: Run, step: int, state: TrainState, writer: MetricsWriter) -> 
 class _Meter:
     """Turns the arrays of a step into a record, one step late."""
 
-    def __init__(self, run: Run, writer: MetricsWriter, watch: Watch):
-        self.run, self.writer, self.watch = run, writer, watch
-        self.pending: tuple[int, Any] | None = None
+    def __init__(self, run: Run, writer: MetricsWriter, watch: Watch, data: Feed):
+        self.run, self.writer, self.watch, self.bad = run, writer, watch, data.bad
+        self.pending: tuple[int, Any, Size, float] | None = None
         self.clock = time.perf_counter()
         self.began: float | None = None
         self.first = 0
-        config, parts = run.config, run.parts
-        side = config.data.resolution // parts.vae.downscale
-        self.tflop = unet_training_flops(parts.unet, side, side) * run.batch_size / run.mesh.size / 1e12
+        self.waited = 0.0
+        unet, downscale, each = run.parts.unet, run.parts.vae.downscale, run.batch_size / run.mesh.size / 1e12
+        self.tflop = {
+            (h, w): unet_training_flops(unet, h // downscale, w // downscale) * each for h, w in data.buckets.shapes
+        }
 
-    def put(self, n: int, metrics: Any) -> None:
-        """Remember the metrics of step n, which may still be running."""
-        self.pending = (n, metrics)
+    def put(self, n: int, metrics: Any, shape: Size, waited: float) -> None:
+        """Remember the metrics of step n, which may still be running, on pictures of a shape that it waited for."""
+        self.pending = (n, metrics, shape, waited)
 
     def restart(self) -> None:
         """Begin the next step's time now: what was drawn or saved since is no part of it, nor of the speed."""
@@ -301,7 +334,7 @@ class _Meter:
         """
         if self.pending is None:
             return
-        n, metrics = self.pending
+        n, metrics, shape, waited = self.pending
         self.pending = None
         values = {name: float(np.asarray(value)) for name, value in metrics.items()}
         now = time.perf_counter()
@@ -315,8 +348,10 @@ class _Meter:
                 **values,
                 "perf/step_time_seconds": seconds,
                 "perf/images_per_second": self.run.batch_size / seconds,
-                "perf/per_device_tflops": self.tflop,
-                "perf/per_device_tflops_per_sec": self.tflop / seconds,
+                "perf/data_wait_seconds": waited,
+                "perf/per_device_tflops": self.tflop[shape],
+                "perf/per_device_tflops_per_sec": self.tflop[shape] / seconds,
+                "data/bad_samples": self.bad.count,
             },
         )
         norm = values["learning/grad_norm"]
@@ -328,8 +363,10 @@ class _Meter:
         # The first step is mostly compiling: speed and time left are those of the steps after it.
         if self.began is None:
             self.began, self.first = now, n
-            speed, left = self.run.batch_size / seconds, 0.0
+            speed, left, waiting = self.run.batch_size / seconds, 0.0, waited / seconds
         else:
+            self.waited += waited
             each = (now - self.began) / (n - self.first)
             speed, left = self.run.batch_size / each, each * (self.run.total_steps - n)
-        self.watch.show(n, loss=loss, rate=rate, speed=speed, seconds_left=left)
+            waiting = self.waited / (now - self.began)
+        self.watch.show(n, loss=loss, rate=rate, speed=speed, waiting=waiting, seconds_left=left)

@@ -140,9 +140,10 @@ class Watch:
         if self.bar is not None:
             self.bar.stop()
 
-    def show(self, step: int, *, loss: float, rate: float, speed: float, seconds_left: float) -> None:
-        """The state of the run after `step`; `speed` is images a second."""
-        status = f"loss {loss:.4f}  lr {rate:.2e}  {speed:.1f} images/s"
+    def show(self, step: int, *, loss: float, rate: float, speed: float, waiting: float, seconds_left: float) -> None:
+        """The state of the run after `step`; `speed` is images a second, `waiting` the share of time spent on waiting
+        for data."""
+        status = f"loss {loss:.4f}  lr {rate:.2e}  {speed:.1f} images/s  data {waiting:.1%}"
         if self.bar is not None and self.task is not None:
             self.bar.update(self.task, completed=step, status=status)
         elif step % self.log_period == 0 or step == self.total:

@@ -14,7 +14,10 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from sdxl_eqx.config import TrainConfig
-from sdxl_eqx.data.batch import Batch, LatentBatch
+from sdxl_eqx.data.batch import AnyBatch, Batch, LatentBatch, LatentTextBatch
+from sdxl_eqx.data.cache import is_text_cached
+from sdxl_eqx.data.pictures import Size
+from sdxl_eqx.data.tokenizer import LENGTH
 from sdxl_eqx.diffusion.schedule import Schedule
 from sdxl_eqx.loading import ModelShapes
 from sdxl_eqx.models.sdxl import Encoders, cast
@@ -23,7 +26,6 @@ from sdxl_eqx.nn.compute import Compute
 from sdxl_eqx.parallel.mesh import batch_sharding, global_batch_size, make_mesh
 from sdxl_eqx.parallel.specs import Layout
 from sdxl_eqx.training.computing import encoding_compute, unet_compute
-from sdxl_eqx.training.flops import CAPTION
 from sdxl_eqx.training.memory import NONE, Encoding
 from sdxl_eqx.training.state import TrainState, new_state
 from sdxl_eqx.training.step import StepConfig, train_step
@@ -55,12 +57,11 @@ class Program:
         batch_size = global_batch_size(config.optim.per_device_batch_size, layout.mesh, layout.batch)
         resolution = config.data.resolution
         shapes.check_resolution(resolution)
-        cached = config.data.cache_latents_text_encoder_outputs
         compute = unet_compute(
             config, shapes.unet, layout, batch_size,
             side=resolution // shapes.vae.downscale,
             memory=memory,
-            encoders=NONE if cached else Encoding.of(shapes, layout, resolution),
+            encoders=NONE if is_text_cached(config.data) else Encoding.of(shapes, layout, resolution),
         )  # fmt: skip
         return cls(config, shapes, layout, batch_size, compute, encoding_compute(config, layout))
 
@@ -75,9 +76,9 @@ class Program:
         return jnp.dtype(self.config.model.activations_dtype)
 
     @property
-    def cached(self) -> bool:
-        """Whether batches are encoded already."""
-        return self.config.data.cache_latents_text_encoder_outputs
+    def is_encoded(self) -> bool:
+        """Whether batches are encoded already, so that the step needs no encoders."""
+        return is_text_cached(self.config.data)
 
     @property
     def batch_sharding(self) -> NamedSharding:
@@ -107,21 +108,27 @@ class Program:
         """The shapes of the frozen encoders and where they lie."""
         return self._laid_out(self.shapes.encoder_shapes())
 
-    def batch(self) -> Batch | LatentBatch:
-        """The shapes of a batch."""
-        resolution, unet = self.config.data.resolution, self.shapes.unet
-        side = resolution // self.shapes.vae.downscale
+    def batch(self, size: Size | None = None) -> AnyBatch:
+        """The shapes of a batch of pictures of a (height, width), by default the square of the resolution."""
+        data, unet, downscale = self.config.data, self.shapes.unet, self.shapes.vae.downscale
+        H, W = size or (data.resolution, data.resolution)
+        length = LENGTH * data.caption_chunks
 
         def zeros(*shape: int, dtype: Any = jnp.float32) -> Any:
             return jnp.zeros((self.batch_size, *shape), dtype)
 
-        def make() -> Batch | LatentBatch:
-            time_ids = zeros(unet.number_of_time_ids)
-            if not self.cached:
-                ids = zeros(CAPTION, dtype=jnp.int32)
-                return Batch(zeros(resolution, resolution, 3, dtype=jnp.uint8), ids, ids, time_ids)
-            moments, context = zeros(side, side, unet.in_channels), zeros(CAPTION, unet.cross_attention_dim)
-            return LatentBatch(moments, moments, context, zeros(unet.pooled_dim), time_ids)
+        def make() -> AnyBatch:
+            time_ids, ids = zeros(unet.number_of_time_ids), zeros(length, dtype=jnp.int32)
+            if not data.cache_latents_text_encoder_outputs:
+                return Batch(zeros(H, W, 3, dtype=jnp.uint8), ids, ids, time_ids)
+            moments = zeros(H // downscale, W // downscale, unet.in_channels)
+            if not self.is_encoded:
+                return LatentTextBatch(moments, moments, ids, ids, time_ids)
+            context, pooled = (
+                zeros(length, unet.cross_attention_dim, dtype=self.dtype),
+                zeros(unet.pooled_dim, dtype=self.dtype),
+            )
+            return LatentBatch(moments, moments, context, pooled, time_ids)
 
         where = self.batch_sharding
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), jax.eval_shape(make))
@@ -132,15 +139,15 @@ class Program:
         whole = self.layout.whole
         return jax.jit(
             partial(train_step, config=self.step_config, optimizer=optimizer),
-            in_shardings=(state, None if self.cached else encoders, self.batch_sharding, whole),
+            in_shardings=(state, None if self.is_encoded else encoders, self.batch_sharding, whole),
             out_shardings=(state, whole),
             donate_argnums=0,
         )
 
-    def arguments(self, optimizer: optax.GradientTransformation) -> tuple[Any, ...]:
-        """The shapes of all that the step takes."""
+    def arguments(self, optimizer: optax.GradientTransformation, size: Size | None = None) -> tuple[Any, ...]:
+        """The shapes of all that the step takes, for pictures of a (height, width)."""
         schedule = jax.eval_shape(lambda: Schedule(self.shapes.schedule))
-        return self.state(optimizer), None if self.cached else self.encoders(), self.batch(), schedule
+        return self.state(optimizer), None if self.is_encoded else self.encoders(), self.batch(size), schedule
 
     def with_remat(self, remat: Any) -> "Program":
         """With another remat policy."""

@@ -3,8 +3,9 @@
 import dataclasses
 import logging
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,13 @@ import jax.random as jr
 import optax
 from jax.sharding import Mesh
 
-from sdxl_eqx.config import ParallelConfig, TrainConfig, flat, to_yaml
-from sdxl_eqx.data.assets import resolve
-from sdxl_eqx.data.sources import ImageFolder
-from sdxl_eqx.data.tokenizer import tokenize
+from sdxl_eqx.config import DataConfig, ParallelConfig, TrainConfig, flat, to_yaml
+from sdxl_eqx.data.bad import BadSample
+from sdxl_eqx.data.sources import Source
+from sdxl_eqx.data.sources.files import cache_folder
+from sdxl_eqx.data.sources.latents import LatentRecords
+from sdxl_eqx.data.sources.open import open_source
+from sdxl_eqx.data.tokenizer import WORDS, tokenize
 from sdxl_eqx.loading import ModelParts
 from sdxl_eqx.models.sdxl import Encoders
 from sdxl_eqx.parallel import hosts
@@ -44,14 +48,14 @@ class Run:
     checkpoints: Checkpoints
     program: Program
     total_steps: int
-    source: ImageFolder
+    source: Source | LatentRecords
     parts: ModelParts
     encoders: Encoders
     state: TrainState
     optimizer: optax.GradientTransformation
     rate: optax.Schedule
-    data_positions: list[dict[str, Any]]
-    """Of each process's data iterator; empty at the beginning."""
+    data_position: dict[str, int]
+    """Where the run was saved: its next_batch and batch_size; empty at the beginning."""
 
     @property
     def layout(self) -> Layout:
@@ -68,10 +72,11 @@ class Run:
         """Samples of one step on all devices."""
         return self.program.batch_size
 
-    def saved(self, data_positions: list[dict[str, Any]]) -> Saved:
+    def saved(self, next_batch: int) -> Saved:
         """What stands beside the arrays of a checkpoint."""
         ema = self.config.optim.ema_decay > 0
-        return Saved(self.parts.unet.to_json(), ema, flat(self.config), data_positions)
+        position = {"next_batch": next_batch, "batch_size": self.batch_size}
+        return Saved(self.parts.unet.to_json(), ema, flat(self.config), position)
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,7 @@ class _Plan:
 
     program: Program
     total_steps: int
-    source: ImageFolder
+    source: Source | LatentRecords
     parts: ModelParts
 
     @classmethod
@@ -141,19 +146,46 @@ class _Plan:
         for name, axes in config.parallel.logical_axis_rules:
             if name not in WEIGHTS + ACTIVATIONS and (name, axes) not in ParallelConfig.logical_axis_rules:
                 log.info("logical_axis_rules %s: %s has no effect here: no dimension is named so", name, list(axes))
-        data = config.data
-        source = ImageFolder(
-            resolve(data.train_data_dir),
-            image_column=data.image_column,
-            caption_column=data.caption_column,
-            max_samples=data.max_train_samples,
-        )
-        parts = ModelParts.read(config.model, config.diffusion_scheduler_config, token=data.hf_access_token)
+        source, parts = read_data_and_model(config)
         program = Program.make(config, parts, devices, memory(devices))
         total_steps = config.optim.max_train_steps
         if total_steps == -1:
             total_steps = math.ceil(config.optim.num_train_epochs * len(source) / program.batch_size)
         return cls(program, total_steps, source, parts)
+
+
+def read_data_and_model(config: TrainConfig) -> tuple[Source | LatentRecords, ModelParts]:
+    """What a run trains on and what it trains. No process waits for another one here.
+
+    Raises:
+        ValueError: where one of them is wrong.
+        OSError: where one cannot be read.
+    """
+    data, token = config.data, config.data.hf_access_token
+    # The data come first: a wrong folder is said before a model is fetched.
+    parts = cache(partial(ModelParts.read, config.model, config.diffusion_scheduler_config, token=token))
+    latents = partial(_open_latents, parts, data=data)
+    source = open_source(data, seed=config.run.seed, token=token, latents=latents)
+    return source, parts()
+
+
+def _open_latents(parts: Callable[[], ModelParts], paths: Sequence[Path], *, data: DataConfig) -> LatentRecords:
+    """TFRecords of what the encoders of this very model made.
+
+    Raises:
+        ValueError: they are of another model or resolution.
+    """
+    vae, unet = parts().vae, parts().unet
+    records = LatentRecords(
+        paths, scaling_factor=vae.scaling_factor, channels=vae.latent_channels, max_samples=data.max_train_samples,
+        context_width=unet.cross_attention_dim, pooled_width=unet.pooled_dim, index_folder=cache_folder("index"),
+    )  # fmt: skip
+    if records.resolution != data.resolution:
+        raise ValueError(
+            f"--resolution {data.resolution}: {records.name(0)} holds latents of pictures of {records.resolution} "
+            f"pixels; give --resolution {records.resolution}."
+        )
+    return records
 
 
 def _open(config: TrainConfig, plan: _Plan, folder: RunFolder) -> Run | Finished:
@@ -174,10 +206,9 @@ def _open(config: TrainConfig, plan: _Plan, folder: RunFolder) -> Run | Finished
             folder.close()
             return Finished(folder.path, step)
 
-    cut = tokenize(parts.tokenizers[0], [example.caption for example in plan.source.examples])[1]
     log.info(
-        "%s: %d pictures (%d captions longer than 77 tokens are cut), batches of %d on %s, %d steps",
-        folder.path, len(plan.source), cut, program.batch_size, describe(layout.mesh), plan.total_steps,
+        "%s: %d samples (%s), batches of %d on %s, %d steps", folder.path, len(plan.source), _cut(plan, config),
+        program.batch_size, describe(layout.mesh), plan.total_steps,
     )  # fmt: skip
     unet_key, encoders_key, state_key = jr.split(jr.key(config.run.seed), 3)
     encoders = hosts.together(partial(parts.encoders, config.model, layout, key=encoders_key))
@@ -197,7 +228,7 @@ def _open(config: TrainConfig, plan: _Plan, folder: RunFolder) -> Run | Finished
     program = program.with_remat(hosts.agree(program.compute.remat))
     return Run(
         config, folder, checkpoints, program, plan.total_steps, plan.source, parts, encoders, state, optimizer, rate,
-        [] if saved is None else saved.data,
+        {} if saved is None else saved.data,
     )  # fmt: skip
 
 
@@ -218,6 +249,28 @@ def _check_same_everywhere(plan: _Plan) -> None:
     ):
         hosts.same(value, what)
     hosts.same({key: value for key, value in flat(plan.program.config).items() if key not in OF_A_HOST}, "the flags")
+
+
+LOOKED_AT = 10_000
+"""Captions whose tokens are counted before a run; of more, so many spread evenly."""
+
+
+def _cut(plan: _Plan, config: TrainConfig) -> str:
+    """How many captions are longer than what is encoded of them."""
+    source, chunks = plan.source, config.data.caption_chunks
+    if isinstance(source, LatentRecords):
+        return "encoded already"
+    said = []
+    indices = range(0, len(source), -(-len(source) // LOOKED_AT))
+    for i in indices:
+        try:
+            said.extend(source.captions(i))
+        except BadSample as error:  # counted when it is to be trained on
+            log.debug("%s", error)
+    cut = tokenize(plan.parts.tokenizers[0], said, chunks)[1]
+    of = "" if len(indices) == len(source) else f" of {len(said)} looked at"
+    remedy = "; --caption-chunks encodes more" if cut else ""
+    return f"{cut} captions{of} are longer than {WORDS * chunks} tokens and are cut{remedy}"
 
 
 def _replica_axis(config: TrainConfig, layout: Layout) -> str | None:

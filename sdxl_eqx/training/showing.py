@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -9,8 +10,11 @@ import numpy as np
 from PIL import Image
 
 from sdxl_eqx.config import SampleConfig
-from sdxl_eqx.data.sources import ImageFolder
-from sdxl_eqx.data.transforms import BadPicture, read_picture, resize_and_crop
+from sdxl_eqx.data.bad import BadSample
+from sdxl_eqx.data.pictures import read_picture
+from sdxl_eqx.data.sources import Source
+from sdxl_eqx.data.sources.latents import LatentRecords
+from sdxl_eqx.data.transforms import draw_crop, resize_and_crop
 from sdxl_eqx.models.unet import UNet
 from sdxl_eqx.parallel.specs import put
 from sdxl_eqx.sampling.pipeline import SamplerConfig, generate
@@ -43,7 +47,7 @@ def draw_captions(run: Run, unet: UNet, captions: Sequence[str]) -> np.ndarray:
             generate(
                 unet,
                 encoders,
-                run.parts.tokenize,
+                partial(run.parts.tokenize, chunks=run.config.data.caption_chunks),
                 prompts,
                 range(at, at + size),
                 size=(resolution, resolution),
@@ -54,11 +58,24 @@ def draw_captions(run: Run, unet: UNet, captions: Sequence[str]) -> np.ndarray:
     return np.concatenate(batches)[: len(captions)]
 
 
-def sample_prompts(config: SampleConfig, source: ImageFolder, n: int) -> list[str]:
+def sample_prompts(config: SampleConfig, source: Source | LatentRecords, n: int) -> list[str]:
     """The prompts of n samples: the prompt, or the data set's first captions in turn where it is ''."""
-    if config.prompt:
+    if config.prompt or isinstance(source, LatentRecords):
         return [config.prompt] * n
-    return [source.examples[i % len(source)].caption for i in range(n)]
+    captions = first_captions(source, min(n, len(source)))
+    return [captions[i % len(captions)] for i in range(n)]
+
+
+def first_captions(source: Source, n: int) -> list[str]:
+    """The first caption of each of the first n samples; '' of one that cannot be used."""
+    captions = []
+    for i in range(n):
+        try:
+            captions.append(source.captions(i)[0])
+        except BadSample as error:
+            log.warning("%s", error)
+            captions.append("")
+    return captions
 
 
 def grid(pictures: np.ndarray) -> Image.Image:
@@ -73,7 +90,7 @@ def grid(pictures: np.ndarray) -> Image.Image:
     return Image.fromarray(sheet)
 
 
-def caption_retrieval(pictures: np.ndarray, source: ImageFolder, resolution: int) -> float:
+def caption_retrieval(pictures: np.ndarray, source: Source, resolution: int) -> float:
     """For what share of the first captions the drawn picture's nearest training picture (L2 on pixels) is their own.
 
     Training pictures are taken in their middle crop; those that cannot be read are passed over.
@@ -81,12 +98,13 @@ def caption_retrieval(pictures: np.ndarray, source: ImageFolder, resolution: int
     drawn = pictures.astype(np.float32)
     best, nearest = np.full(len(drawn), np.inf), np.full(len(drawn), -1)
     rng = np.random.default_rng(0)
-    for i, example in enumerate(source.examples):
+    target = (resolution, resolution)
+    for i in range(len(source)):
         try:
-            picture = read_picture(example.path)
-        except BadPicture:
+            picture = read_picture(source.picture(i), source.name(i), target=target)
+        except BadSample:
             continue
-        square, _ = resize_and_crop(picture, resolution, center_crop=True, flip=False, rng=rng)
+        square, _ = resize_and_crop(picture, target, draw_crop(picture.size, target, center_crop=True, rng=rng))
         distance = np.square(drawn - square.astype(np.float32)).sum(axis=(1, 2, 3))
         closer = distance < best
         best[closer], nearest[closer] = distance[closer], i

@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
 from sdxl_eqx.arrays import Scalar
-from sdxl_eqx.data.batch import Batch, LatentBatch
+from sdxl_eqx.data.batch import AnyBatch, Batch, LatentBatch
 from sdxl_eqx.diffusion.loss import denoising_loss, draw
 from sdxl_eqx.diffusion.schedule import Schedule
 from sdxl_eqx.models.sdxl import Conditioning, Encoders, cast
@@ -46,20 +46,22 @@ class StepConfig:
 
 
 def encode(
-    frozen: Encoders | None, batch: Batch | LatentBatch, *, config: StepConfig, key: PRNGKeyArray
+    frozen: Encoders | None, batch: AnyBatch, *, config: StepConfig, key: PRNGKeyArray
 ) -> tuple[Float[Array, "b h w c"], Conditioning]:
     """(scaled latents in float32, conditioning) of a batch; what is encoded already needs no encoders."""
     batch = _placed(batch, config)
     if isinstance(batch, LatentBatch):
-        moments = Moments(jnp.asarray(batch.mean), jnp.asarray(batch.logvar))
         context, pooled = jnp.asarray(batch.context), jnp.asarray(batch.pooled)
     elif frozen is not None:
-        moments = encode_pixels(frozen.vae, jnp.asarray(batch.pixels), compute=config.encoding)
-        context, pooled = frozen.encode_text(
-            jnp.asarray(batch.input_ids), jnp.asarray(batch.input_ids_2), compute=config.encoding
-        )
+        ids = jnp.asarray(batch.input_ids), jnp.asarray(batch.input_ids_2)
+        context, pooled = frozen.encode_text(*ids, compute=config.encoding)
     else:
-        raise ValueError("a batch of pictures needs encoders; give them as frozen, or train on cached latents.")
+        raise ValueError("a batch of captions needs encoders; give them as frozen, or train on cached embeddings.")
+    if isinstance(batch, Batch):
+        assert frozen is not None  # as for its captions
+        moments = encode_pixels(frozen.vae, jnp.asarray(batch.pixels), compute=config.encoding)
+    else:
+        moments = Moments(jnp.asarray(batch.mean), jnp.asarray(batch.logvar))
     latents = moments.sample(key=key) * config.scaling_factor
     cond = Conditioning(context.astype(config.dtype), pooled.astype(config.dtype), jnp.asarray(batch.time_ids))
     return latents, cond
@@ -74,7 +76,7 @@ def encode_pixels(vae: VAE, pixels: UInt8[Array, "b H W c"], *, compute: Compute
 def train_step(
     state: TrainState,
     frozen: Encoders | None,
-    batch: Batch | LatentBatch,
+    batch: AnyBatch,
     schedule: Schedule,
     *,
     config: StepConfig,

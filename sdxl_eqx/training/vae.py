@@ -16,9 +16,13 @@ from jaxtyping import Array, PRNGKeyArray, UInt8
 
 from sdxl_eqx.arrays import DtypeName, Scalar
 from sdxl_eqx.data.assets import resolve
-from sdxl_eqx.data.loader import BadItems, make_stream
-from sdxl_eqx.data.sources import Example, ImageFolder
-from sdxl_eqx.data.transforms import read_picture, resize_and_crop
+from sdxl_eqx.data.bad import BadItems
+from sdxl_eqx.data.loader import make_stream
+from sdxl_eqx.data.order import Order
+from sdxl_eqx.data.pictures import read_picture
+from sdxl_eqx.data.sources import Source
+from sdxl_eqx.data.sources.folder import ImageFolder
+from sdxl_eqx.data.transforms import draw_crop, resize_and_crop
 from sdxl_eqx.models.sdxl import cast
 from sdxl_eqx.models.vae import VAE, VAEConfig
 from sdxl_eqx.weights.read import read_json
@@ -34,7 +38,7 @@ class VAETrainConfig:
     output: str
     """Folder to write config.json and diffusion_pytorch_model.safetensors into."""
     train_data_dir: str = "asset:emoji"
-    """Folder of pictures with metadata.jsonl."""
+    """Folder of pictures and captions."""
     config: str = ""
     """A vae/config.json for the shape of the model; '' is the tiny one."""
     resolution: int = 64
@@ -59,7 +63,7 @@ def train_vae(config: VAETrainConfig) -> float:
     Raises:
         ValueError: for input that cannot be used.
     """
-    source = ImageFolder(resolve(config.train_data_dir))
+    source = ImageFolder(str(resolve(config.train_data_dir)))
     shape = VAEConfig.from_json(read_json(Path(config.config))) if config.config else VAEConfig.tiny()
     model_key, draw_key = jr.split(jr.key(config.seed))
     steps = config.max_train_steps
@@ -74,16 +78,14 @@ def train_vae(config: VAETrainConfig) -> float:
         updates, opt_state = optimizer.update(grads, opt_state)
         return eqx.apply_updates(vae, updates), opt_state, loss
 
-    def read(example: Example, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def read(sample: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         flip = bool(rng.random() < 0.5)
-        picture = read_picture(example.path)
-        pixels, _ = resize_and_crop(picture, config.resolution, center_crop=False, flip=flip, rng=rng)
-        return {"pixels": pixels}
+        pixels = _square(source, sample, config.resolution, center_crop=False, rng=rng)
+        return {"pixels": np.ascontiguousarray(pixels[:, ::-1]) if flip else pixels}
 
+    order = Order(np.zeros(len(source), np.int16), batch_size=config.batch_size, seed=config.seed, shuffle=True)
     bad = BadItems(len(source), 0.01)
-    stream = make_stream(
-        source, read, batch_size=config.batch_size, seed=config.seed, shuffle=True, num_threads=2, bad=bad
-    )
+    stream = make_stream(order, read, seed=config.seed, num_threads=2, bad=bad)
     for n in range(steps):
         vae, opt_state, loss = step(vae, opt_state, next(stream)["pixels"], jr.fold_in(draw_key, n))
         if (n + 1) % 100 == 0 or n + 1 == steps:
@@ -111,7 +113,15 @@ def vae_loss(vae: VAE, pixels: UInt8[Array, "b H W c"], kl_weight: float, *, key
     return jnp.mean(jnp.abs(error)) + jnp.mean(jnp.square(error)) + kl_weight * kl
 
 
-def _measure(vae: VAE, source: ImageFolder, config: VAETrainConfig) -> tuple[float, float]:
+def _square(
+    source: Source, sample: int, resolution: int, *, center_crop: bool, rng: np.random.Generator
+) -> UInt8[np.ndarray, "R R 3"]:
+    target = (resolution, resolution)
+    picture = read_picture(source.picture(sample), source.name(sample), target=target)
+    return resize_and_crop(picture, target, draw_crop(picture.size, target, center_crop=center_crop, rng=rng))[0]
+
+
+def _measure(vae: VAE, source: Source, config: VAETrainConfig) -> tuple[float, float]:
     """(PSNR of pictures through the autoencoder, deviation of the latents) over the source."""
 
     @jax.jit
@@ -122,11 +132,8 @@ def _measure(vae: VAE, source: ImageFolder, config: VAETrainConfig) -> tuple[flo
 
     rng = np.random.default_rng(0)
     errors, means = [], []
-    for example in source.examples:
-        square, _ = resize_and_crop(
-            read_picture(example.path), config.resolution, center_crop=True, flip=False, rng=rng
-        )
-        error, mean = one(jnp.asarray(square))
+    for sample in range(len(source)):
+        error, mean = one(jnp.asarray(_square(source, sample, config.resolution, center_crop=True, rng=rng)))
         errors.append(float(error))
         means.append(np.asarray(mean))
     return 10 * float(np.log10(255**2 / np.mean(errors))), float(np.std(np.stack(means)))

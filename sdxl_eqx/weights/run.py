@@ -24,8 +24,8 @@ class Saved:
     ema: bool
     config: dict[str, Any]
     """The run's config, flat."""
-    data: list[dict[str, Any]]
-    """Position of the data iterator of each process."""
+    data: dict[str, int]
+    """Position in the data: next_batch and batch_size."""
 
 
 @dataclass(frozen=True)
@@ -80,4 +80,6 @@ def read_meta(manager: ocp.CheckpointManager, step: int, folder: Path) -> Saved:
     absent = {"unet", "ema", "config", "data"} - meta.keys()
     if absent or not isinstance(meta["unet"], dict) or not isinstance(meta["config"], dict):
         raise ValueError(f"{folder / str(step)}: its meta is damaged; take the checkpoint before it.")
-    return Saved(meta["unet"], meta["ema"], meta["config"], meta["data"])
+    # Until buckets came, there was a position for each process; a batch a step was read then too.
+    data = meta["data"] if isinstance(meta["data"], dict) else {}
+    return Saved(meta["unet"], meta["ema"], meta["config"], data)

@@ -3,8 +3,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from sdxl_eqx.data.batch import Batch, LatentBatch
+from sdxl_eqx.data.batch import Batch, LatentBatch, LatentTextBatch, to_batch
 
 
 def test_every_leaf_of_a_batch_is_an_array_of_numpy_or_jax():
@@ -22,3 +23,22 @@ def test_every_leaf_of_a_batch_is_an_array_of_numpy_or_jax():
 def test_a_latent_batch_shares_nothing_but_time_ids_with_a_batch():
     names, latent_names = ({f.name for f in dataclasses.fields(kind)} for kind in (Batch, LatentBatch))
     assert names & latent_names == {"time_ids"}
+
+
+def test_the_fields_say_which_batch_it_is():
+    moments, ids = np.zeros((2, 4, 4, 4), np.float32), np.zeros((2, 77), np.int32)
+    fields = {
+        "pixels": np.zeros((2, 8, 8, 3), np.uint8),
+        "mean": moments,
+        "logvar": moments,
+        "input_ids": ids,
+        "input_ids_2": ids,
+        "context": np.zeros((2, 77, 8), np.float16),
+        "pooled": np.zeros((2, 4), np.float32),
+        "time_ids": np.zeros((2, 6), np.float32),
+    }
+    for kind in (Batch, LatentBatch, LatentTextBatch):
+        names = [field.name for field in dataclasses.fields(kind)]
+        assert type(to_batch({name: fields[name] for name in names})) is kind
+    with pytest.raises(ValueError, match=r"fields of a batch, not \['mean', 'pixels'\]"):
+        to_batch({name: fields[name] for name in ("pixels", "mean")})

@@ -9,11 +9,12 @@ import pytest
 
 from sdxl_eqx.config import DataConfig
 from sdxl_eqx.data.assets import resolve
-from sdxl_eqx.data.batch import Batch, LatentBatch
-from sdxl_eqx.data.loader import BadItems, make_stream, picture_reader, position_after, to_batch
-from sdxl_eqx.data.sources import ImageFolder
+from sdxl_eqx.data.bad import BadItems, BadSample
+from sdxl_eqx.data.batch import Batch, to_batch
+from sdxl_eqx.data.loader import make_stream, picture_reader, position
+from sdxl_eqx.data.order import Order
+from sdxl_eqx.data.sources.folder import ImageFolder
 from sdxl_eqx.data.tokenizer import bundled_tokenizers
-from sdxl_eqx.data.transforms import BadPicture
 
 LENGTH = 24
 
@@ -24,9 +25,12 @@ def read(item, rng):
     return {"item": np.array(item), "draw": rng.random(3)}
 
 
-def stream(source: Any = range(LENGTH), read: Any = read, *, bad=None, **options):
-    options = {"batch_size": 4, "seed": 3, "shuffle": True, "num_threads": 2} | options
-    return make_stream(source, read, bad=bad or BadItems(len(source), 0.0), **options)
+def stream(
+    length: int = LENGTH, read: Any = read, *, bad=None, seed=3, shuffle=True, buckets=None, num_threads=2, **options
+):
+    of = np.zeros(length, np.int16) if buckets is None else buckets
+    order = Order(of, batch_size=4, seed=seed, shuffle=shuffle)
+    return make_stream(order, read, seed=seed, num_threads=num_threads, bad=bad or BadItems(length, 0.0), **options)
 
 
 def take(iterator, n):
@@ -79,15 +83,14 @@ def test_without_shuffling_the_order_is_the_source_s():
 )
 def test_processes_share_what_one_process_sees(length, rows):
     """The same samples with the same draws in the same places, step by step; also where no batch ends an epoch."""
-    source = range(length)
-    alone = take(stream(source), 11)
-    shares = [take(stream(source, rows=own), 11) for own in rows]
+    alone = take(stream(length), 11)
+    shares = [take(stream(length, rows=own), 11) for own in rows]
     order = np.argsort(np.concatenate(rows))
     for step, batch in enumerate(alone):
         for name in batch:
             together = np.concatenate([share[step][name] for share in shares])[order]
             np.testing.assert_array_equal(batch[name], together)
-    assert sorted(items(alone)[:length]) == list(source)
+    assert sorted(items(alone)[:length]) == list(range(length))
 
 
 def test_processes_that_feed_the_same_rows_read_the_same():
@@ -95,11 +98,10 @@ def test_processes_that_feed_the_same_rows_read_the_same():
 
 
 def test_a_share_goes_on_where_any_number_of_processes_stopped():
-    """Without bad items, a position is that of the whole sequence."""
     rows = [1, 3]
     alone, share = stream(), stream(rows=rows)
     take(alone, 5)
-    share.set_state(position_after(5, len(rows)))
+    share.set_state(position(5, len(rows)))
     for batch, own in zip(take(alone, 4), take(share, 4), strict=True):
         for name in batch:
             np.testing.assert_array_equal(batch[name][rows], own[name])
@@ -118,7 +120,7 @@ def test_a_stream_continues_bit_for_bit_from_its_saved_state(steps):
 
 def read_most(item, rng):
     if item in (2, 3, 7):
-        raise BadPicture(f"{item}.png", "torn")
+        raise BadSample(f"{item}.png", "torn")
     return read(item, rng)
 
 
@@ -127,7 +129,10 @@ def test_bad_items_are_skipped_counted_once_and_logged_once_while_batches_stay_f
     with caplog.at_level(logging.WARNING, "sdxl_eqx"):
         batches = take(stream(read=read_most, bad=bad), 21)  # four epochs of 21 good items
     assert all(len(batch["item"]) == 4 for batch in batches)
-    assert sorted(items(batches)) == sorted(4 * [i for i in range(LENGTH) if i not in (2, 3, 7)])
+    good = [i for i in range(LENGTH) if i not in (2, 3, 7)]
+    assert set(items(batches)) == set(good)
+    for i in range(3):  # each good item comes once an epoch, and others in the places of the bad ones
+        assert set(good) <= set(items(batches[6 * i : 6 * i + 6]))
     assert bad.count == 3
     assert sorted(r.getMessage() for r in caplog.records) == [f"skipped {i}.png: torn" for i in (2, 3, 7)]
 
@@ -153,15 +158,13 @@ def test_a_stream_with_bad_items_continues_bit_for_bit():
 def test_more_bad_items_than_the_limit_end_the_stream():
     def read_few(item, rng):
         if item % 2:
-            raise BadPicture(f"{item:03d}.png", "torn")
+            raise BadSample(f"{item:03d}.png", "torn")
         return read(item, rng)
 
     bad = BadItems(100, 0.2)
-    rule = (
-        r"21 of 100 pictures cannot be read, at most max\(10, 0.2 x 100\) may be.*001.png \(torn\); 003.png.*--max-bad"
-    )
+    rule = r"21 of 100 samples cannot be used, at most max\(10, 0.2 x 100\) may be.*001.png \(torn\).*--max-bad"
     with pytest.raises(ValueError, match=rule):
-        take(stream(range(100), read_few, bad=bad, shuffle=False), 50)
+        take(stream(100, read_few, bad=bad, shuffle=False), 50)
     assert bad.count == 21
 
 
@@ -169,21 +172,47 @@ def test_more_bad_items_than_the_limit_end_the_stream():
 def test_the_limit_is_ten_or_the_share_but_never_all(total, max_fraction, allowed):
     bad = BadItems(total, max_fraction)
     for i in range(allowed):
-        bad.add(BadPicture(str(i), "torn"))
-        bad.add(BadPicture(str(i), "torn again"))
+        bad.add(BadSample(str(i), "torn"))
+        bad.add(BadSample(str(i), "torn again"))
     assert bad.count == allowed
     with pytest.raises(ValueError, match=f"{allowed + 1} of {total}"):
-        bad.add(BadPicture("one more", "torn"))
+        bad.add(BadSample("one more", "torn"))
 
 
-def test_a_process_whose_whole_share_is_bad_ends_rather_than_waits():
-    def read_even(item, rng):
-        if item % 2:
-            raise BadPicture(f"{item}.png", "torn")
+def test_what_stands_in_the_place_of_a_bad_item_is_the_same_on_any_number_of_processes():
+    alone = take(stream(read=read_most), 8)
+    rows = [[0, 3], [1, 2]]
+    shares = [take(stream(read=read_most, rows=own), 8) for own in rows]
+    for step, batch in enumerate(alone):
+        for own, share in zip(rows, shares, strict=True):
+            for name in batch:
+                np.testing.assert_array_equal(batch[name][own], share[step][name])
+
+
+def test_another_item_of_the_same_bucket_takes_the_place_of_a_bad_one():
+    buckets = np.arange(LENGTH) % 3
+    batches = take(stream(read=read_most, buckets=buckets), 30)
+    assert all(len(set(buckets[batch["item"]])) == 1 for batch in batches)
+    assert not {2, 3, 7} & set(items(batches))
+
+
+def test_a_bucket_of_bad_items_alone_ends_the_stream_with_their_names():
+    def read_first(item, rng):
+        if item >= 4:
+            raise BadSample(f"{item}.png", "torn")
         return read(item, rng)
 
-    with pytest.raises(ValueError, match="4 of 8 pictures cannot be read"):
-        next(stream(range(8), read_even, shuffle=False, rows=[1, 3]))
+    bad = BadItems(12, 1.0)
+    with pytest.raises(ValueError, match=r"4 of 12 samples cannot be used.*\.png \(torn\)"):
+        take(stream(12, read_first, bad=bad, buckets=np.arange(12) // 4), 30)
+
+
+def test_a_set_of_bad_items_alone_ends_the_stream():
+    def none(item, rng):
+        raise BadSample(f"{item}.png", "torn")
+
+    with pytest.raises(ValueError, match="8 of 8 samples cannot be used"):
+        next(stream(8, none))
 
 
 def test_another_error_than_a_bad_picture_is_not_skipped():
@@ -194,22 +223,27 @@ def test_another_error_than_a_bad_picture_is_not_skipped():
         next(stream(read=broken))
 
 
+def emoji(config, tokenizers, target=(32, 32)):
+    source = ImageFolder(str(resolve("asset:emoji")))
+    return picture_reader(source, tokenizers, config, lambda sample: target)
+
+
 def test_pictures_become_a_batch(tokenizers):
-    source = ImageFolder(resolve("asset:emoji"))
     config = DataConfig(resolution=32, random_flip=True)
-    batch = to_batch(next(stream(source, picture_reader(config, tokenizers))))
+    batch = to_batch(next(stream(read=emoji(config, tokenizers, (32, 24)))))
     assert isinstance(batch, Batch)
-    assert batch.pixels.shape == (4, 32, 32, 3) and batch.pixels.dtype == np.uint8
+    assert batch.pixels.shape == (4, 32, 24, 3) and batch.pixels.dtype == np.uint8
     assert batch.input_ids.shape == batch.input_ids_2.shape == (4, 77)
-    assert np.asarray(batch.time_ids).tolist() == 4 * [[64, 64, 0, 0, 32, 32]]
+    ids = np.asarray(batch.time_ids)
+    assert (ids[:, :3] == [64, 64, 0]).all() and (ids[:, 4:] == [32, 24]).all()
+    assert len(set(ids[:, 3])) > 1 and (ids[:, 3] <= 8).all()
 
 
 def test_half_of_the_pictures_are_mirrored_and_the_wanted_share_of_captions_dropped(tokenizers):
-    example = ImageFolder(resolve("asset:emoji"))[2]
     rng = np.random.default_rng(0)
-    reader = picture_reader(DataConfig(resolution=64, random_flip=True, caption_dropout=0.3), tokenizers)
-    plain = picture_reader(DataConfig(resolution=64), tokenizers)(example, rng)
-    drawn = [reader(example, rng) for _ in range(200)]
+    reader = emoji(DataConfig(resolution=64, random_flip=True, caption_dropout=0.3), tokenizers, (64, 64))
+    plain = emoji(DataConfig(resolution=64), tokenizers, (64, 64))(2, rng)
+    drawn = [reader(2, rng) for _ in range(200)]
     flips = sum(np.array_equal(d["pixels"], plain["pixels"][:, ::-1]) for d in drawn)
     same = sum(np.array_equal(d["pixels"], plain["pixels"]) for d in drawn)
     assert flips + same == 200 and 70 < flips < 130
@@ -218,14 +252,8 @@ def test_half_of_the_pictures_are_mirrored_and_the_wanted_share_of_captions_drop
     assert dropped == [d["input_ids_2"].tolist() == [49406, 49407] + 75 * [0] for d in drawn]
 
 
-def test_the_fields_say_which_batch_it_is():
-    latent = {
-        "mean": np.zeros((1, 2, 2, 4), np.float32),
-        "logvar": np.zeros((1, 2, 2, 4), np.float32),
-        "context": np.zeros((1, 77, 8), np.float32),
-        "pooled": np.zeros((1, 4), np.float32),
-        "time_ids": np.zeros((1, 6), np.float32),
-    }
-    assert isinstance(to_batch(latent), LatentBatch)
-    with pytest.raises(ValueError, match="must be the fields of Batch or of LatentBatch"):
-        to_batch({"mean": latent["mean"]})
+def test_captions_come_in_chunks_and_their_tags_in_another_order(tokenizers):
+    config = DataConfig(caption_chunks=2, caption_shuffle=True)
+    drawn = [emoji(config, tokenizers)(2, np.random.default_rng(i)) for i in range(20)]
+    assert all(d["input_ids"].shape == d["input_ids_2"].shape == (154,) for d in drawn)
+    assert len({d["input_ids"].tobytes() for d in drawn}) > 1

@@ -133,3 +133,23 @@ def test_another_vocabulary_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "ASSETS", tmp_path)
     with pytest.raises(ValueError, match="must have sha256 924691ac"):
         bundled_tokenizers()
+
+
+def test_chunks_have_a_start_an_end_and_75_tokens_each(tokenizers):
+    words = " ".join(["cat"] * 100)
+    for tokenizer in tokenizers:
+        (ids,), cut = tokenize(tokenizer, [words], 2)
+        one, other = ids.reshape(2, 77)
+        assert cut == 0 and one.tolist() == [49406, *[2368] * 75, 49407]
+        assert other.tolist() == [49406, *[2368] * 25, 49407, *[tokenizer.pad_token_id] * 50]
+
+
+def test_one_chunk_is_what_it_always_was_and_more_only_append_to_it(tokenizers):
+    for tokenizer in tokenizers:
+        one, cut = tokenize(tokenizer, HARD)
+        three, still_cut = tokenize(tokenizer, HARD, 3)
+        assert three.shape == (len(HARD), 231)
+        np.testing.assert_array_equal(three[:, :77], one)
+        assert (cut, still_cut) == (1, 0)
+        empty = [49406, 49407, *[tokenizer.pad_token_id] * 75]
+        assert three[0, 77:].tolist() == empty * 2

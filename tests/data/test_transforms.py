@@ -2,160 +2,176 @@ import io
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from sdxl_eqx.data import transforms
-from sdxl_eqx.data.transforms import BadPicture, mirror, read_picture, resize_and_crop
+from sdxl_eqx.data.pictures import Picture, read_picture
+from sdxl_eqx.data.transforms import draw_crop, mirror, resize_and_crop, scaled_size
+
+SIDE = st.integers(1, 300)
+SIZES = st.tuples(SIDE, SIDE)
+TARGETS = st.tuples(st.integers(1, 64), st.integers(1, 64))
+SEEDS = st.integers(0, 99)
 
 
-def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
 
 
-def coordinates(h: int, w: int) -> np.ndarray:
-    """A picture whose red is the row and green the column of each pixel."""
-    rows, columns = np.mgrid[:h, :w].astype(np.uint8)
-    return np.stack([rows, columns, np.full_like(rows, 7)], axis=-1)
+def noise(h: int, w: int) -> np.ndarray:
+    """Values that Lanczos keeps within 0 to 255: Pillow cuts off the rest between its two passes, in either order."""
+    return np.random.default_rng(0).integers(80, 176, (h, w, 3), np.uint8)
+
+
+def whole(pixels: np.ndarray) -> Picture:
+    """A picture that was not scaled while it was decoded."""
+    return Picture(pixels, (pixels.shape[0], pixels.shape[1]))
 
 
 def rng(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-def test_an_rgb_picture_comes_back_as_it_is(tmp_path):
-    picture = coordinates(5, 9)
-    (tmp_path / "a.png").write_bytes(encoded(Image.fromarray(picture)))
-    np.testing.assert_array_equal(read_picture(tmp_path / "a.png"), picture)
+@pytest.mark.parametrize(
+    ("size", "target", "expected"),
+    [
+        ((64, 64), (64, 64), (64, 64)),
+        ((300, 200), (64, 64), (96, 64)),
+        ((32, 48), (64, 64), (64, 96)),
+        ((64, 101), (32, 32), (32, 50)),  # 50.5, to even
+        ((64, 103), (32, 32), (32, 52)),  # 51.5, to even
+        ((1000, 1500), (896, 1152), (896, 1344)),
+        ((1500, 1000), (896, 1152), (1728, 1152)),
+        ((1, 60000), (512, 512), (512, 30720000)),
+    ],
+)
+def test_scaled_sizes_are_those_computed_by_hand(size, target, expected):
+    assert scaled_size(size, target) == expected
 
 
-@pytest.mark.parametrize(("orientation", "turned"), [(3, lambda p: p[::-1, ::-1]), (6, lambda p: np.rot90(p, -1))])
-def test_exif_orientation_is_applied(orientation, turned):
-    exif = Image.Exif()
-    exif[274] = orientation
-    picture = coordinates(5, 9)
-    np.testing.assert_array_equal(read_picture(encoded(Image.fromarray(picture), exif=exif)), turned(picture))
+@given(st.tuples(st.integers(1, 70000), st.integers(1, 70000)), st.tuples(st.integers(1, 4096), st.integers(1, 4096)))
+@settings(max_examples=300)
+def test_a_scaled_size_covers_the_target_with_one_side_exact_and_keeps_the_ratio(size, target):
+    (h, w), (H, W) = size, target
+    scaled_h, scaled_w = scaled_size(size, target)
+    assert scaled_h >= H and scaled_w >= W
+    assert scaled_h == H or scaled_w == W
+    scale = max(H / h, W / w)
+    assert abs(scaled_h - h * scale) <= 0.5001 and abs(scaled_w - w * scale) <= 0.5001
+    assert scaled_size(size, size) == size
 
 
-def test_transparency_lies_over_white():
-    rgba = np.array([[[200, 0, 0, 255], [200, 0, 0, 0], [200, 0, 0, 51]]], np.uint8)
-    la = np.array([[[10, 255], [10, 0]]], np.uint8)
-    np.testing.assert_array_equal(
-        read_picture(encoded(Image.fromarray(rgba))), [[[200, 0, 0], [255, 255, 255], [244, 204, 204]]]
+@given(SIZES, TARGETS, st.booleans(), SEEDS)
+@settings(max_examples=200)
+def test_a_crop_lies_inside_the_scaled_picture(size, target, center_crop, seed):
+    top, left = draw_crop(size, target, center_crop=center_crop, rng=rng(seed))
+    scaled_h, scaled_w = scaled_size(size, target)
+    assert 0 <= top <= scaled_h - target[0] and 0 <= left <= scaled_w - target[1]
+    if center_crop:
+        assert (top, left) == ((scaled_h - target[0]) // 2, (scaled_w - target[1]) // 2)
+
+
+def test_random_crops_reach_both_ends_and_follow_from_the_seed():
+    wide = {draw_crop((8, 12), (8, 8), center_crop=False, rng=rng(seed)) for seed in range(40)}
+    high = {draw_crop((24, 16), (8, 8), center_crop=False, rng=rng(seed)) for seed in range(40)}
+    assert wide == {(0, left) for left in range(5)}
+    assert high == {(top, 0) for top in range(5)}
+    assert draw_crop((9, 99), (8, 8), center_crop=False, rng=rng(3)) == draw_crop(
+        (9, 99), (8, 8), center_crop=False, rng=rng(3)
     )
-    np.testing.assert_array_equal(read_picture(encoded(Image.fromarray(la))), [[[10, 10, 10], [255, 255, 255]]])
-
-
-@pytest.mark.parametrize("transparency", [1, bytes([255, 0])])
-def test_a_palette_is_looked_up_and_its_transparent_colour_lies_over_white(transparency):
-    image = Image.new("P", (2, 1))
-    image.putpalette([10, 20, 30, 40, 50, 60])
-    image.putdata([0, 1])
-    np.testing.assert_array_equal(read_picture(encoded(image)), [[[10, 20, 30], [40, 50, 60]]])
-    data = encoded(image, transparency=transparency)
-    np.testing.assert_array_equal(read_picture(data), [[[10, 20, 30], [255, 255, 255]]])
-
-
-def test_greys_of_one_8_and_16_bits_become_rgb():
-    grey = np.array([[0, 128, 255]], np.uint8)
-    deep = np.array([[0, 128 * 256, 65535]], np.uint16)
-    expected = grey[..., None].repeat(3, -1)
-    np.testing.assert_array_equal(read_picture(encoded(Image.fromarray(grey))), expected)
-    np.testing.assert_array_equal(read_picture(encoded(Image.fromarray(deep))), expected)
-    np.testing.assert_array_equal(read_picture(encoded(Image.fromarray(deep.astype(np.int32)), "TIFF")), expected)
-    np.testing.assert_array_equal(read_picture(encoded(Image.fromarray(grey > 200))), [[[0] * 3, [0] * 3, [255] * 3]])
-
-
-def test_cmyk_becomes_rgb():
-    red = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
-    pixels = read_picture(encoded(red, "JPEG", quality=95)).astype(int)
-    assert np.abs(pixels - [255, 0, 0]).max() < 6
-
-
-def test_floating_point_pixels_are_refused():
-    with pytest.raises(BadPicture, match="no known range"):
-        read_picture(encoded(Image.fromarray(np.zeros((2, 2), np.float32)), "TIFF"))
-
-
-def test_a_damaged_file_is_a_bad_picture_that_names_file_and_reason(tmp_path):
-    data = encoded(Image.fromarray(rng().integers(0, 256, (64, 64, 3), np.uint8)), "JPEG")
-    for name, content in (("cut.jpg", data[: len(data) // 2]), ("text.jpg", b"hello"), ("empty.jpg", b"")):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(BadPicture, match=name) as caught:
-            read_picture(tmp_path / name)
-        assert caught.value.name == str(tmp_path / name)
-        assert caught.value.reason
-    with pytest.raises(BadPicture, match=r"gone.jpg: FileNotFoundError"):
-        read_picture(tmp_path / "gone.jpg")
-
-
-def test_too_many_pixels_are_an_error(monkeypatch):
-    data = encoded(Image.new("1", (10000, 9000)))
-    with pytest.raises(BadPicture, match="pixels"):
-        read_picture(data)
-    monkeypatch.setattr(transforms, "MAX_PIXELS", 99)
-    with pytest.raises(BadPicture, match="10x10 is more than 99 pixels; scale it down"):
-        read_picture(encoded(Image.new("L", (10, 10))))
 
 
 @pytest.mark.parametrize(
-    ("h", "w", "flip", "expected"),
+    ("size", "target", "expected"),
     [
-        (64, 64, False, [64, 64, 0, 0, 64, 64]),
-        (64, 100, False, [64, 100, 0, 18, 64, 64]),
-        (64, 101, False, [64, 101, 0, 18, 64, 64]),
-        (64, 101, True, [64, 101, 0, 19, 64, 64]),  # 101 - 64 - 18
-        (300, 200, True, [300, 200, 16, 0, 64, 64]),  # scaled to 96 x 64
-        (32, 48, False, [32, 48, 0, 16, 64, 64]),  # scaled up to 64 x 96
+        ((64, 64), (64, 64), [64, 64, 0, 0, 64, 64]),
+        ((64, 101), (64, 64), [64, 101, 0, 18, 64, 64]),
+        ((300, 200), (64, 64), [300, 200, 16, 0, 64, 64]),
+        ((32, 48), (64, 64), [32, 48, 0, 16, 64, 64]),
+        ((100, 200), (40, 64), [100, 200, 0, 8, 40, 64]),
     ],
 )
-def test_time_ids_of_a_middle_crop_are_those_computed_by_hand(h, w, flip, expected):
-    picture = np.zeros((h, w, 3), np.uint8)
-    square, time_ids = resize_and_crop(picture, 64, center_crop=True, flip=flip, rng=rng())
-    assert square.shape == (64, 64, 3)
+def test_time_ids_of_a_middle_crop_are_those_computed_by_hand(size, target, expected):
+    top_left = draw_crop(size, target, center_crop=True, rng=rng())
+    pixels, time_ids = resize_and_crop(whole(noise(*size)), target, top_left)
+    assert pixels.shape == (*target, 3)
     assert time_ids.dtype == np.float32
     assert time_ids.tolist() == expected
 
 
-@pytest.mark.parametrize(("h", "w"), [(64, 200), (200, 64)])
-@pytest.mark.parametrize("seed", range(4))
-def test_the_crop_really_is_where_time_ids_say(h, w, seed):
-    picture = coordinates(h, w)
-    plain, ids = resize_and_crop(picture, 64, center_crop=False, flip=False, rng=rng(seed))
-    top, left = ids[2:4].astype(int)
-    np.testing.assert_array_equal(plain, picture[top : top + 64, left : left + 64])
-
-    flipped, flipped_ids = resize_and_crop(picture, 64, center_crop=False, flip=True, rng=rng(seed))
-    top, left = flipped_ids[2:4].astype(int)
-    np.testing.assert_array_equal(flipped, picture[:, ::-1][top : top + 64, left : left + 64])
-    np.testing.assert_array_equal(flipped, plain[:, ::-1])
+@given(SIZES, TARGETS, SEEDS)
+@settings(max_examples=100)
+def test_a_crop_is_that_of_the_whole_picture_scaled_where_time_ids_say(size, target, seed):
+    picture = whole(noise(*size))
+    pixels, time_ids = resize_and_crop(picture, target, draw_crop(size, target, center_crop=False, rng=rng(seed)))
+    h, w, top, left, H, W = (int(number) for number in time_ids)
+    assert (h, w, H, W) == (*size, *target)
+    scaled_h, scaled_w = scaled_size(size, target)
+    scaled = np.array(Image.fromarray(picture.pixels).resize((scaled_w, scaled_h), Image.Resampling.LANCZOS))
+    assert np.abs(pixels.astype(int) - scaled[top : top + H, left : left + W]).max() <= 2
 
 
-def test_a_flip_mirrors_the_recorded_crop():
-    square, ids = resize_and_crop(coordinates(64, 200), 64, center_crop=False, flip=False, rng=rng(1))
-    mirrored, mirrored_ids = mirror(square, ids)
-    assert mirrored_ids[3] == 200 - 64 - ids[3]
-    assert ids[3] != mirrored_ids[3]
-    for again, expected in zip(mirror(mirrored, mirrored_ids), (square, ids), strict=True):
-        np.testing.assert_array_equal(again, expected)
+@given(SIZES, TARGETS, SEEDS)
+@settings(max_examples=100)
+def test_a_mirrored_crop_is_that_of_the_mirrored_picture_and_mirrors_back(size, target, seed):
+    crop = draw_crop(size, target, center_crop=False, rng=rng(seed))
+    pixels, time_ids = resize_and_crop(whole(noise(*size)), target, crop)
+    mirrored, mirrored_ids = mirror(pixels, time_ids)
+    np.testing.assert_array_equal(mirrored, pixels[:, ::-1])
+    top, left = (int(number) for number in mirrored_ids[2:4])
+    assert left == scaled_size(size, target)[1] - target[1] - crop[1]
+    flipped = whole(np.ascontiguousarray(noise(*size)[:, ::-1]))
+    expected, expected_ids = resize_and_crop(flipped, target, (top, left))
+    assert np.abs(mirrored.astype(int) - expected).max() <= 2
+    np.testing.assert_array_equal(mirrored_ids, expected_ids)
+    for again, first in zip(mirror(mirrored, mirrored_ids), (pixels, time_ids), strict=True):
+        np.testing.assert_array_equal(again, first)
 
 
-def test_random_crops_reach_both_ends():
-    lefts = {resize_and_crop(np.zeros((8, 12, 3), np.uint8), 8, center_crop=False, flip=False, rng=rng(s))[1][3]
-             for s in range(40)}  # fmt: skip
-    assert lefts == {0, 1, 2, 3, 4}
+@pytest.mark.parametrize(("size", "target"), [((40, 72), (40, 72)), ((40, 72), (40, 40)), ((72, 40), (40, 40))])
+def test_where_nothing_is_scaled_the_pixels_are_copied_bit_for_bit(size, target):
+    picture = read_picture(encoded(Image.fromarray(noise(*size)), "PNG"), "a", target=target)
+    top, left = draw_crop(size, target, center_crop=False, rng=rng(1))
+    pixels, _ = resize_and_crop(picture, target, (top, left))
+    np.testing.assert_array_equal(pixels, noise(*size)[top : top + target[0], left : left + target[1]])
 
 
-def test_a_scaled_crop_is_the_crop_of_the_scaled_picture():
-    picture = rng().integers(0, 256, (150, 287, 3), np.uint8)
-    square, ids = resize_and_crop(picture, 64, center_crop=False, flip=False, rng=rng(2))
-    whole = np.array(Image.fromarray(picture).resize((round(287 * 64 / 150), 64), Image.Resampling.LANCZOS))
-    top, left = ids[2:4].astype(int)
-    assert np.abs(square.astype(int) - whole[top : top + 64, left : left + 64]).max() <= 1
+def smooth(h: int, w: int) -> Image.Image:
+    return Image.fromarray(noise(-(-h // 16), -(-w // 16))).resize((w, h), Image.Resampling.BICUBIC)
 
 
-def test_a_picture_of_extreme_shape_costs_no_more_than_its_square():
-    square, ids = resize_and_crop(np.zeros((1, 60000, 3), np.uint8), 512, center_crop=True, flip=True, rng=rng())
-    assert square.shape == (512, 512, 3)
-    assert ids[1] == 60000
+@pytest.mark.parametrize("size", [(256, 256), (257, 259), (333, 251), (190, 500)])
+@pytest.mark.parametrize("target", [(128, 128), (64, 96), (48, 48), (100, 30), (60, 140), (16, 16)])
+@pytest.mark.parametrize("orientation", [1, 7])
+def test_a_jpeg_that_was_scaled_while_decoded_gives_the_crop_and_ids_of_one_that_was_not(size, target, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(smooth(*size), "JPEG", quality=95, exif=exif)
+    full, scaled = read_picture(data, "a"), read_picture(data, "a", target=target)
+    assert full.size == scaled.size == (size if orientation == 1 else size[::-1])
+    crop = draw_crop(full.size, target, center_crop=False, rng=rng(1))
+    (expected, expected_ids), (pixels, time_ids) = (resize_and_crop(some, target, crop) for some in (full, scaled))
+    np.testing.assert_array_equal(time_ids, expected_ids)
+    assert time_ids[:2].tolist() == list(full.size)
+    assert scaled.pixels.size < full.pixels.size or min(a / b for a, b in zip(full.size, target, strict=True)) < 4 / 3
+    assert 10 * np.log10(255**2 / np.mean((pixels.astype(float) - expected) ** 2 + 1e-9)) > 37
+
+
+def test_a_row_that_ends_within_a_pixel_is_not_stretched_even_where_the_sizes_agree():
+    ramp = np.broadcast_to(np.arange(0, 252, 4, dtype=np.uint8)[:, None], (63, 63, 3))
+    data = encoded(Image.fromarray(np.ascontiguousarray(ramp)), "JPEG", quality=100)
+    scaled = read_picture(data, "a", target=(32, 32))
+    assert scaled.pixels.shape == (32, 32, 3) and scaled.box == (0, 0, 31.5, 31.5)
+    pixels, expected = (resize_and_crop(some, (32, 32), (0, 0))[0] for some in (scaled, read_picture(data, "a")))
+    assert np.abs(pixels.astype(int) - expected)[2:-2].max() <= 2
+
+
+def test_a_picture_of_extreme_shape_costs_no_more_than_its_crop():
+    size = (1, 60000)
+    crop = draw_crop(size, (512, 512), center_crop=True, rng=rng())
+    pixels, time_ids = resize_and_crop(whole(np.full((*size, 3), 9, np.uint8)), (512, 512), crop)
+    assert (pixels == 9).all()
+    assert mirror(pixels, time_ids)[1].tolist() == [1, 60000, 0, 15359744, 512, 512]

@@ -560,7 +560,7 @@ def run(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tr
     state = new_state(unet, optimizer=optimizer, ema=True, key=jr.key(0))
     folder = tmp_path_factory.mktemp("runs") / "run"
     checkpoints = Checkpoints(folder / "checkpoints", keep=2)
-    saved = Saved(UNET.to_json(), True, flat(config), [])
+    saved = Saved(UNET.to_json(), True, flat(config), {})
     checkpoints.save(1, state, saved)
     state = eqx.tree_at(lambda s: s.ema, state, jax.tree.map(lambda x: x * 2, unet))
     checkpoints.save(2, state, saved)

@@ -13,7 +13,8 @@ import yaml
 from PIL import Image
 from tiny_run import BROKEN, PICTURES, Ended, Trainer, arrays, checkpoints, last_step, learning, metrics, position
 
-from sdxl_eqx.data.transforms import read_picture, resize_and_crop
+from sdxl_eqx.data.pictures import read_picture
+from sdxl_eqx.data.transforms import draw_crop, resize_and_crop
 from sdxl_eqx.training.run_folder import RunFolder
 
 STEPS = 100
@@ -104,7 +105,7 @@ def test_a_run_learns_and_says_what_it_skipped_and_where_everything_is(whole: En
     assert np.mean(losses[-8:]) < np.mean(losses[:8])
     skipped = [line for line in whole.output.splitlines() if line.startswith("skipped")]
     assert len(skipped) == 1 and f"{BROKEN:02d}.png" in skipped[0]
-    assert f"encoded {PICTURES - 1} samples" in whole.output
+    assert f"{PICTURES - 1} samples are ready" in whole.output
     assert re.findall(r"^step (\d+)/100 ", whole.output, re.MULTILINE) == ["20", "40", "60", "80", "100"]
     for part in ("samples/", "checkpoints/", "export/", "tensorboard"):
         assert part in whole.output.partition("done:")[2]
@@ -123,8 +124,9 @@ def test_caption_retrieval_can_be_computed_again_from_the_saved_pictures(whole: 
     training = {}
     for i in range(PICTURES):
         if i != BROKEN:
-            picture = read_picture(pictures / f"{i:02d}.png")
-            training[i] = resize_and_crop(picture, 16, center_crop=True, flip=False, rng=rng)[0].astype(float)
+            picture = read_picture((pictures / f"{i:02d}.png").read_bytes(), f"{i:02d}.png", target=(16, 16))
+            crop = draw_crop(picture.size, (16, 16), center_crop=True, rng=rng)
+            training[i] = resize_and_crop(picture, (16, 16), crop)[0].astype(float)
     hits = 0
     for i in range(DRAWN):
         drawn = np.asarray(Image.open(whole.folder / "eval" / f"{i:02d}.png")).astype(float)

@@ -211,15 +211,11 @@ def test_the_first_process_alone_speaks_draws_and_exports_what_one_would(finishe
     assert not list(finished.folder.glob(".*.part")) + list(finished.folder.glob("cache/.*"))
 
 
-def test_one_process_goes_on_where_two_stopped_and_says_where_in_the_data(
+def test_one_process_goes_on_where_two_stopped_with_the_very_samples_they_would_have_read(
     train: Trainer, flags: tuple[str, ...], stopped: Ended, alone: Ended
 ):
-    (step,) = checkpoints(stopped.folder)
     shutil.copytree(stopped.folder, train.root / "fewer")
     ended = finish(train, "fewer", flags)
-    assert f"saved by 2 processes, now 1, which feed other rows: the data go on at batch {step}" in ended.outputs[0], (
-        ended
-    )
     np.testing.assert_allclose(losses(ended), losses(alone), rtol=TOLERANCE)
 
 
@@ -263,7 +259,7 @@ def test_one_process_that_runs_out_of_pictures_ends_both(train: Trainer, flags: 
         assert job.wait(step=FEW).codes == [None, None]
         for picture in own.glob("*.png"):
             picture.write_bytes(b"no picture")
-        assert_refused(job.wait(), 1, "cannot be read", "No checkpoint was written")
+        assert_refused(job.wait(), 1, "cannot be used", "No checkpoint was written")
 
 
 @pytest.mark.slow

@@ -371,7 +371,7 @@ def test_too_many_unreadable_pictures_end_the_run(
     )
     assert code == 2, said
     (error,) = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert f"{bad} of {good + bad} pictures cannot be read" in error and "--max-bad-fraction" in error
+    assert f"{bad} of {good + bad} samples cannot be used" in error and "--max-bad-fraction" in error
     assert any(f"{i:02d}.png" in error for i in range(good, good + bad))
     assert sum(line.startswith("skipped ") for line in said.splitlines()) == bad
 

@@ -25,7 +25,7 @@ from sdxl_eqx.training.state import new_state
 # When a restore fails, Orbax leaves reads that it never began, which complain when they are collected.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
-SAVED = Saved(UNET.to_json(), True, {"run_name": "x", "learning_rate": 1e-3}, [{"next_index": 12}])
+SAVED = Saved(UNET.to_json(), True, {"run_name": "x", "learning_rate": 1e-3}, {"next_batch": 12, "batch_size": 4})
 
 
 def layout(n: int) -> Layout:

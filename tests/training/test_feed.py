@@ -1,61 +1,99 @@
-"""Where a run goes on in its data."""
+"""Where a run goes on in its data, and what its batches say of the wait for them."""
 
+import signal
+import time
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
+from sdxl_eqx.data.bad import BadItems
+from sdxl_eqx.data.batch import LatentBatch
+from sdxl_eqx.data.buckets import one_bucket
 from sdxl_eqx.parallel import hosts
-from sdxl_eqx.training import feed
+from sdxl_eqx.training.feed import Batches, Feed, next_batch
 from sdxl_eqx.training.setup import Run
 
 STEP = 7
 
 
-def went_on(monkeypatch: pytest.MonkeyPatch, positions: list[dict[str, Any]], rows: list[list[int]]) -> list[Any]:
-    """Where the stream of each process of a run is put, whose positions were saved, if they now feed these rows."""
-    found = []
-    count = len(rows)
-    monkeypatch.setattr(feed.jax, "process_count", lambda: count)
-    for process in range(count):
-        run: Any = object.__new__(Run)
-        run.data_positions, run.state = positions, SimpleNamespace(step=STEP)
-        monkeypatch.setattr(feed.jax, "process_index", lambda process=process: process)
-        alike = [len(positions) == count and (count == 1 or positions[i]["rows"] == rows[i]) for i in range(count)]
-
-        def gather(same: bool, process: int = process, alike: list[bool] = alike) -> list[bool]:
-            assert same == alike[process]
-            return alike
-
-        monkeypatch.setattr(hosts, "gather_json", gather)
-        stream = SimpleNamespace(set_state=found.append)
-        feed._go_on(stream, run, rows[process])
+def run(position: dict[str, int], batch_size: int) -> Any:
+    found: Any = object.__new__(Run)
+    found.data_position, found.state = position, SimpleNamespace(step=np.int32(STEP))
+    found.program = SimpleNamespace(batch_size=batch_size)
     return found
 
 
-def at(index: int, *rows: int) -> dict[str, Any]:
-    return {"stream": {"next_index": index}, "rows": list(rows)}
+def test_a_run_goes_on_at_the_batch_after_those_it_was_given():
+    assert next_batch(run({"next_batch": 9, "batch_size": 4}, 4)) == 9
 
 
-def test_processes_that_feed_the_same_rows_go_on_where_each_was(monkeypatch):
-    assert went_on(monkeypatch, [at(15, 0, 1), at(14, 2, 3)], [[0, 1], [2, 3]]) == [
-        {"next_index": 15},
-        {"next_index": 14},
-    ]
+def test_a_run_with_another_batch_size_goes_on_after_as_many_samples():
+    assert next_batch(run({"next_batch": 9, "batch_size": 4}, 6)) == 6
+    assert next_batch(run({"next_batch": 9, "batch_size": 4}, 2)) == 18
 
 
-def test_one_process_goes_on_where_it_was_whatever_its_batch(monkeypatch):
-    assert went_on(monkeypatch, [at(29, 0, 1, 2, 3)], [[0, 1]]) == [{"next_index": 29}]
+def test_a_run_that_saved_no_position_goes_on_at_the_batch_of_its_step():
+    assert next_batch(run({}, 4)) == STEP
 
 
-@pytest.mark.parametrize(
-    ("positions", "rows"),
-    [
-        ([at(15, 0, 1), at(14, 2, 3)], [[0, 1, 2, 3], [0, 1, 2, 3]]),
-        ([at(15, 0, 1), at(14, 2, 3)], [[0, 1, 2, 3]]),
-        ([at(29, 0, 1, 2, 3)], [[0, 1], [2, 3]]),
-        ([at(15, 0, 1), at(14, 2, 3)], [[0, 1], [2]]),
-    ],
-)
-def test_processes_that_feed_other_rows_all_go_on_after_the_batches_of_its_steps(monkeypatch, positions, rows):
-    assert went_on(monkeypatch, positions, rows) == [{"next_index": STEP * len(own)} for own in rows]
+def batches(read, *, position=0, is_one=False) -> Batches:
+    feed = Feed(iter(read, None), None, one_bucket(np.ones(4, bool), 16), BadItems(4, 0.0), position)
+    return Batches(feed, is_one=is_one)
+
+
+def first(one: Batches) -> float:
+    batch = one.next()
+    assert isinstance(batch, LatentBatch)
+    return float(batch.mean[0, 0, 0, 0])
+
+
+def arrays(n: int) -> dict[str, np.ndarray]:
+    moments, text = np.full((1, 2, 2, 4), n, np.float32), np.zeros((1, 77, 8), np.float32)
+    return {"mean": moments, "logvar": moments, "context": text, "pooled": text[:, 0], "time_ids": text[:, 0, :6]}
+
+
+def test_batches_count_on_from_their_position_and_say_how_long_they_were_waited_for():
+    given = iter(range(5))
+
+    def read():
+        time.sleep(0.05)
+        return arrays(next(given))
+
+    one = batches(read, position=3)
+    assert [first(one) for _ in range(3)] == [0, 1, 2]
+    assert one.next_index == 6
+    assert 0.15 <= one.waited < 1.0
+
+
+def test_the_first_batch_comes_again_and_again_where_it_is_asked_for():
+    given = iter(range(5))
+    one = batches(lambda: arrays(next(given)), is_one=True)
+    assert [first(one) for _ in range(3)] == [0, 0, 0]
+
+
+def test_of_several_processes_one_without_more_batches_goes_on_with_its_last_and_has_all_stop(monkeypatch):
+    given, killed = iter(range(2)), []
+
+    def read():
+        n = next(given, None)
+        if n is None:
+            raise ValueError("too many samples are bad")
+        return arrays(n)
+
+    monkeypatch.setattr(hosts, "count", lambda: 2)
+    monkeypatch.setattr("os.kill", lambda process, number: killed.append(number))
+    one = batches(read)
+    assert [first(one) for _ in range(4)] == [0, 1, 1, 1]
+    assert killed == [signal.SIGTERM]
+    with pytest.raises(ValueError, match="too many samples are bad"):
+        one.raise_failure()
+
+
+def test_alone_a_process_without_more_batches_ends(monkeypatch):
+    def read():
+        raise ValueError("too many samples are bad")
+
+    with pytest.raises(ValueError, match="too many samples are bad"):
+        batches(read).next()

@@ -160,9 +160,11 @@ def test_nothing_is_written_where_nothing_is_asked_for(tmp_path):
 def test_without_a_terminal_a_line_stands_for_the_bar_each_period_and_at_the_end(step, shown, caplog):
     caplog.set_level(logging.INFO)
     with Watch(start=0, total=12, log_period=10) as watch:
-        watch.show(step, loss=0.5, rate=1e-3, speed=20.0, seconds_left=65.0)
+        watch.show(step, loss=0.5, rate=1e-3, speed=20.0, waiting=0.004, seconds_left=65.0)
     messages = [r.getMessage() for r in caplog.records]
-    assert messages == ([f"step {step}/12  loss 0.5000  lr 1.00e-03  20.0 images/s  1:05 left"] if shown else [])
+    assert messages == (
+        [f"step {step}/12  loss 0.5000  lr 1.00e-03  20.0 images/s  data 0.4%  1:05 left"] if shown else []
+    )
 
 
 def test_on_a_terminal_a_bar_shows_loss_rate_and_speed(monkeypatch):
@@ -172,7 +174,7 @@ def test_on_a_terminal_a_bar_shows_loss_rate_and_speed(monkeypatch):
         assert watch.bar is not None
         watch.bar.refresh()
         assert "compiling" in screen.getvalue() and "nan" not in screen.getvalue()
-        watch.show(1, loss=0.5, rate=1e-3, speed=9.25, seconds_left=3.0)
+        watch.show(1, loss=0.5, rate=1e-3, speed=9.25, waiting=0.5, seconds_left=3.0)
         watch.bar.refresh()
     assert "loss 0.5000  lr 1.00e-03  9.2 images/s" in screen.getvalue()
     assert "1/2" in screen.getvalue()

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from sdxl_eqx.config import SampleConfig
-from sdxl_eqx.data.sources import ImageFolder
+from sdxl_eqx.data.sources.folder import ImageFolder
 from sdxl_eqx.training.showing import caption_retrieval, grid, sample_prompts, save_pictures
 
 COLORS = ((200, 0, 0), (0, 200, 0), (0, 0, 200), (90, 90, 90))
@@ -18,7 +18,7 @@ def source(tmp_path):
         Image.new("RGB", (12, 8 + i), color).save(tmp_path / f"{i}.png")
     lines = (json.dumps({"file_name": f"{i}.png", "text": f"color {i}"}) for i in range(4))
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
-    return ImageFolder(tmp_path)
+    return ImageFolder(str(tmp_path))
 
 
 def drawn(*colors):
@@ -38,8 +38,8 @@ def test_retrieval_is_the_share_of_captions_whose_nearest_picture_is_their_own(c
     assert caption_retrieval(drawn(*colors), source, 8) == pytest.approx(expected)
 
 
-def test_an_unreadable_picture_is_nobodys_nearest_and_shifts_no_other(source):
-    source.examples[1].path.write_bytes(b"no picture")
+def test_an_unreadable_picture_is_nobodys_nearest_and_shifts_no_other(source, tmp_path):
+    (tmp_path / "1.png").write_bytes(b"no picture")
     assert caption_retrieval(drawn(*COLORS[:3]), source, 8) == pytest.approx(2 / 3)
 
 
