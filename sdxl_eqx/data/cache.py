@@ -11,11 +11,11 @@ from jaxtyping import Bool, Int, UInt8
 
 from sdxl_eqx.config import DataConfig
 from sdxl_eqx.data.captions import Visit, caption
-from sdxl_eqx.data.loader import Arrays, Read
+from sdxl_eqx.data.loader import Read
 from sdxl_eqx.data.pictures import Size, read_picture
 from sdxl_eqx.data.sources import Source
 from sdxl_eqx.data.sources.latents import LatentRecords
-from sdxl_eqx.data.store import Keys, Store, key_text
+from sdxl_eqx.data.store import Arrays, Keys, Store, key_text
 from sdxl_eqx.data.survey import Survey
 from sdxl_eqx.data.tokenizer import Tokenizers, tokenize
 from sdxl_eqx.data.transforms import draw_crop, mirror, resize_and_crop

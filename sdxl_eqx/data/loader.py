@@ -14,10 +14,10 @@ from sdxl_eqx.data.captions import Visit, caption
 from sdxl_eqx.data.order import Order
 from sdxl_eqx.data.pictures import Size, read_picture
 from sdxl_eqx.data.sources import Source
+from sdxl_eqx.data.store import Arrays
 from sdxl_eqx.data.tokenizer import Tokenizers, tokenize
 from sdxl_eqx.data.transforms import draw_crop, mirror, resize_and_crop
 
-Arrays = dict[str, np.ndarray]
 Read = Callable[[int, np.random.Generator], Arrays]
 """Reads a sample by its index, drawing what is random about this visit; raises `BadSample` for one that cannot be
 used."""

@@ -170,7 +170,7 @@ def serve() -> Iterator[StubHub]:
             if self.command != "HEAD":
                 self.wfile.write(reply.body)
 
-        do_HEAD = do_GET  # noqa: N815
+        do_HEAD = do_GET  # noqa: N815  http.server's name
 
         def log_message(self, format: str, *args: object) -> None:
             """Say nothing."""

@@ -381,8 +381,8 @@ TOKEN = "hf_abcdefghijklmnopqrstuvwxyz"
 class Hub(http.server.BaseHTTPRequestHandler):
     """As much of the Hub as one data set of two splits needs, which only who has the token may see."""
 
-    files: dict[str, bytes] = {}  # noqa: RUF012
-    asked: list[str] = []  # noqa: RUF012
+    files: dict[str, bytes] = {}  # noqa: RUF012  one for all handlers, as HTTPServer makes them
+    asked: list[str] = []  # noqa: RUF012  likewise
 
     def log_message(self, format: str, *args):
         """Nothing."""
@@ -421,7 +421,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         else:
             self.answer({"error": "nothing"}, 404, X_Error_Code="EntryNotFound")
 
-    do_HEAD = do_GET  # noqa: N815
+    do_HEAD = do_GET  # noqa: N815  http.server's name
 
 
 @pytest.fixture
