@@ -18,7 +18,8 @@ def main() -> int:
         from sdxl_eqx.training.report import answer
 
         return answer(config, ReportConfig())
-    from sdxl_eqx.training.loop import RunError, fit
+    from sdxl_eqx.training.errors import RunError
+    from sdxl_eqx.training.loop import fit
     from sdxl_eqx.training.setup import Finished, begin_jax, prepare
 
     try:

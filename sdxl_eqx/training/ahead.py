@@ -13,14 +13,15 @@ from typing import Any
 import jax
 
 from sdxl_eqx.config import TrainConfig
+from sdxl_eqx.data.tokenizer import LENGTH
 from sdxl_eqx.loading import ModelParts, ModelShapes
 from sdxl_eqx.parallel import topologies
 from sdxl_eqx.parallel.collectives import collectives, sent
 from sdxl_eqx.parallel.compiler_flags import set_compiler_flags
 from sdxl_eqx.parallel.mesh import describe, make_mesh
 from sdxl_eqx.parallel.specs import Layout
-from sdxl_eqx.training.flops import encoding_flops, recompute_ratio, unet_training_flops
-from sdxl_eqx.training.memory import NONE, Encoding, step_bytes
+from sdxl_eqx.training.flops import recompute_ratio, training_flops, unet_training_flops
+from sdxl_eqx.training.memory import Encoding, step_bytes
 from sdxl_eqx.training.optimizer import learning_rate, make_optimizer
 from sdxl_eqx.training.program import Program
 from sdxl_eqx.training.setup import configure_jax
@@ -168,9 +169,7 @@ class Target:
         batch = shares / layout.mesh.size
         one = dataclasses.replace(config, optim=dataclasses.replace(config.optim, per_device_batch_size=batch))
         compute = Program.make(one, self.shapes, self.devices, None).compute
-        encoders = Encoding.of(self.shapes, layout, config.data.resolution)
-        if config.data.cache_latents_text_encoder_outputs:
-            encoders = NONE
+        encoders = Encoding.of(self.shapes, layout, config.data)
         side = config.data.resolution // self.shapes.vae.downscale
         none, some = (step_bytes(config, self.shapes.unet, layout, n, side, compute, encoders) for n in (0.0, 1.0))
         return max(int((self.chip.limit - none) / (some - none)), 1)
@@ -184,12 +183,15 @@ class Target:
         traffic = collectives(compiled.as_text())
         n, batch, config = program.mesh.size, program.batch_size, program.config
         side = config.data.resolution // self.shapes.vae.downscale
-        unet = batch * unet_training_flops(self.shapes.unet, side, side) / 1e12
-        encoders = 0.0 if program.is_encoded else batch * encoding_flops(self.shapes, config.data.resolution) / 1e12
+        resolution, tokens = config.data.resolution, LENGTH * config.data.caption_chunks
+        unet = batch * unet_training_flops(self.shapes.unet, side, side, tokens) / 1e12
+        everything = batch * training_flops(self.shapes, config.data, (resolution, resolution)) / 1e12
         shares = program.layout.size(program.layout.batch)
-        ratio = recompute_ratio(self.shapes.unet, program.compute, batch=shares, side=side, dtype=program.dtype)
+        ratio = recompute_ratio(
+            self.shapes.unet, program.compute, batch=shares, side=side, dtype=program.dtype, tokens=tokens
+        )
         peak_rate = n * self.chip.tflops
-        computing = (unet * ratio + encoders) / peak_rate
+        computing = (unet * ratio + everything - unet) / peak_rate
         state = 2 * shard_bytes(program.state(optimizer)) / GB / self.chip.bandwidth
         # Beyond one host, GPUs have one network card each (DGX H100: 400 Gbit/s).
         crosses = self.chip.hardware == "gpu" and n > topologies.GPUS_OF_A_HOST
@@ -208,9 +210,9 @@ class Target:
             chip_bytes=self.chip.memory,
             fits=peak <= self.chip.limit,
             collectives={kind: dataclasses.asdict(one) for kind, one in traffic.items()},
-            tflop_per_step=unet + encoders,
+            tflop_per_step=everything,
             recompute_ratio=ratio,
-            ideal_step_seconds=(unet + encoders) / peak_rate,
+            ideal_step_seconds=everything / peak_rate,
             image_seconds=(max(computing, network) + state) * n / batch,
             lower_seconds=lowering,
             compile_seconds=compiling,

@@ -16,8 +16,9 @@ from sdxl_eqx.parallel.mesh import describe, make_mesh
 from sdxl_eqx.parallel.specs import Layout
 from sdxl_eqx.training.computing import encoding_compute
 from sdxl_eqx.training.encoding import Encoding
+from sdxl_eqx.training.inputs import read_data_and_model
 from sdxl_eqx.training.looking import look_at
-from sdxl_eqx.training.setup import configure_jax, read_data_and_model
+from sdxl_eqx.training.setup import configure_jax
 
 log = logging.getLogger("sdxl_eqx")
 

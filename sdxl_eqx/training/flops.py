@@ -11,13 +11,14 @@ import jax.random as jr
 from jax.extend import core
 from jax.interpreters.partial_eval import dce_jaxpr
 
+from sdxl_eqx.config import DataConfig
+from sdxl_eqx.data.cache import is_text_cached
+from sdxl_eqx.data.pictures import Size
+from sdxl_eqx.data.tokenizer import LENGTH
 from sdxl_eqx.loading import ModelShapes
-from sdxl_eqx.models.sdxl import Encoders, cast
+from sdxl_eqx.models.sdxl import cast
 from sdxl_eqx.models.unet import UNet, UNetConfig
 from sdxl_eqx.nn.compute import Compute
-
-CAPTION = 77
-"""Tokens of a caption."""
 
 KERNELS = {
     "dot_product_attention_fwd_wrapper": 2,
@@ -44,24 +45,39 @@ def count_flops(function: Callable[..., Any], *args: Any) -> int:
     return _count(dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
 
 
-def unet_training_flops(config: UNetConfig, h: int, w: int) -> int:
+def training_flops(shapes: ModelShapes, data: DataConfig, size: Size) -> int:
+    """Of one training step on one picture of (height, width) `size`: the UNet's both passes, and what is encoded."""
+    h, w = (side // shapes.vae.downscale for side in size)
+    flops = unet_training_flops(shapes.unet, h, w, LENGTH * data.caption_chunks)
+    if not is_text_cached(data):
+        flops += text_flops(shapes, data.caption_chunks)
+    if not data.cache_latents_text_encoder_outputs:
+        flops += vae_flops(shapes, size)
+    return flops
+
+
+def unet_training_flops(config: UNetConfig, h: int, w: int, tokens: int = LENGTH) -> int:
     """Of one training step on one latent of h x w: three times the forward pass; what is recomputed does not count."""
     unet = eqx.filter_eval_shape(UNet, config, key=jr.key(0))
-    return 3 * count_flops(lambda model, *inputs: model(*inputs), unet, *unet_inputs(config, 1, h, w, jnp.float32))
+    inputs = unet_inputs(config, 1, h, w, jnp.float32, tokens)
+    return 3 * count_flops(lambda model, *inputs: model(*inputs), unet, *inputs)
 
 
-def encoding_flops(shapes: ModelShapes, resolution: int) -> int:
-    """Of encoding one picture and its caption."""
-
-    def encode(encoders: Encoders, pixels: Any, ids: Any) -> Any:
-        return encoders.vae.encode(pixels).mean, encoders.encode_text(ids, ids)
-
-    pixels = jax.ShapeDtypeStruct((1, resolution, resolution, shapes.vae.in_channels), jnp.float32)
-    ids = jax.ShapeDtypeStruct((1, CAPTION), jnp.int32)
-    return count_flops(encode, shapes.encoder_shapes(), pixels, ids)
+def vae_flops(shapes: ModelShapes, size: Size) -> int:
+    """Of encoding one picture of (height, width) `size`."""
+    pixels = jax.ShapeDtypeStruct((1, *size, shapes.vae.in_channels), jnp.float32)
+    return count_flops(lambda vae, pixels: vae.encode(pixels).mean, shapes.encoder_shapes().vae, pixels)
 
 
-def recompute_ratio(config: UNetConfig, compute: Compute, *, batch: int, side: int, dtype: Any) -> float:
+def text_flops(shapes: ModelShapes, chunks: int = 1) -> int:
+    """Of encoding one caption of so many chunks of 77 tokens."""
+    ids = jax.ShapeDtypeStruct((1, LENGTH * chunks), jnp.int32)
+    return count_flops(lambda encoders, ids: encoders.encode_text(ids, ids), shapes.encoder_shapes(), ids)
+
+
+def recompute_ratio(
+    config: UNetConfig, compute: Compute, *, batch: int, side: int, dtype: Any, tokens: int = LENGTH
+) -> float:
     """What both passes of a UNet compute, over three times the forward pass: about 1 where nothing is computed twice.
 
     It is a little less, as nobody asks for the gradient of the UNet's input.
@@ -71,12 +87,14 @@ def recompute_ratio(config: UNetConfig, compute: Compute, *, batch: int, side: i
         return jnp.sum(unet(*inputs, compute=compute).astype(jnp.float32))
 
     unet = eqx.filter_eval_shape(lambda: cast(UNet(config, key=jr.key(0)), dtype))
-    inputs = unet_inputs(config, batch, side, side, dtype)
+    inputs = unet_inputs(config, batch, side, side, dtype, tokens)
     return count_flops(jax.value_and_grad(loss), unet, *inputs) / (3 * count_flops(loss, unet, *inputs))
 
 
-def unet_inputs(config: UNetConfig, batch: int, h: int, w: int, dtype: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """The shapes of what a UNet takes: latents of h x w, timesteps, context, pooled text and time ids."""
+def unet_inputs(
+    config: UNetConfig, batch: int, h: int, w: int, dtype: Any, tokens: int = LENGTH
+) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """The shapes of what a UNet takes: latents of h x w, timesteps, context of `tokens`, pooled text, time ids."""
 
     def array(*shape: int, dtype: Any = dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((batch, *shape), dtype)
@@ -84,7 +102,7 @@ def unet_inputs(config: UNetConfig, batch: int, h: int, w: int, dtype: Any) -> t
     return (
         array(h, w, config.in_channels),
         array(dtype=jnp.float32),
-        array(CAPTION, config.cross_attention_dim),
+        array(tokens, config.cross_attention_dim),
         array(config.pooled_dim),
         array(config.number_of_time_ids, dtype=jnp.float32),
     )

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array
 
-from sdxl_eqx.config import TrainConfig
+from sdxl_eqx.config import DataConfig, TrainConfig
+from sdxl_eqx.data.cache import is_text_cached
+from sdxl_eqx.data.tokenizer import LENGTH
 from sdxl_eqx.loading import ModelShapes
 from sdxl_eqx.models.sdxl import cast
 from sdxl_eqx.models.unet import UNet, UNetConfig
@@ -37,11 +39,15 @@ class Encoding:
     """Bytes a picture, while it is encoded: before there is anything of the UNet."""
 
     @classmethod
-    def of(cls, shapes: ModelShapes, layout: Layout, resolution: int) -> "Encoding":
-        """That of a model's encoders, in float32."""
+    def of(cls, shapes: ModelShapes, layout: Layout, data: DataConfig) -> "Encoding":
+        """That of a model's encoders, in float32, where the step needs them."""
+        if is_text_cached(data):
+            return cls()
+        weights = 4.0 * _elements(shapes.encoder_shapes(), layout)
+        if data.cache_latents_text_encoder_outputs:  # text is small beside the UNet
+            return cls(weights)
         # The VAE's first residual block: its input, what is normed, what is convolved, and their sum.
-        each = 4 * 4.0 * shapes.vae.block_out_channels[0] * resolution**2
-        return cls(4.0 * _elements(shapes.encoder_shapes(), layout), each)
+        return cls(weights, 4 * 4.0 * shapes.vae.block_out_channels[0] * data.resolution**2)
 
 
 NONE = Encoding()
@@ -67,7 +73,8 @@ def step_bytes(
     stored = jnp.dtype(config.model.weights_dtype).itemsize + 2 * jnp.dtype(config.optim.moments_dtype).itemsize
     stored += 4 if config.optim.ema_decay > 0 else 0
     # The difference of two batches: weights that the backward pass needs are counted above.
-    one, two = (kept_bytes(cast_shapes(shapes, dtype), n * layout.size(layout.batch), side, compute) for n in (1, 2))
+    tokens, cast_unet = LENGTH * config.data.caption_chunks, cast_shapes(shapes, dtype)
+    one, two = (kept_bytes(cast_unet, n * layout.size(layout.batch), side, compute, tokens) for n in (1, 2))
     activations = (two - one) / layout.size(layout.batch)
     computing = max(parameters * 2 * dtype.itemsize + MARGIN * activations * batch, encoders.each * batch)
     return parameters * stored + encoders.weights + computing
@@ -79,14 +86,14 @@ def _elements(shapes: Any, layout: Layout) -> int:
     return sum(math.prod(sharding.shard_shape(leaf.shape)) for leaf, sharding in leaves)
 
 
-def kept_bytes(unet: UNet, batch: int, side: int, compute: Compute) -> int:
+def kept_bytes(unet: UNet, batch: int, side: int, compute: Compute, tokens: int = LENGTH) -> int:
     """Bytes of all arrays that the backward pass of a UNet (of shapes) needs of the forward pass, on all devices."""
 
     def pullback(unet: UNet, *inputs: Array) -> Any:
         return jax.vjp(lambda u: jnp.sum(u(*inputs, compute=compute)), unet)[1]
 
     dtype = jax.tree.leaves(unet)[0].dtype
-    kept = jax.eval_shape(pullback, unet, *unet_inputs(unet.config, batch, side, side, dtype))
+    kept = jax.eval_shape(pullback, unet, *unet_inputs(unet.config, batch, side, side, dtype, tokens))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
 
 

@@ -26,7 +26,7 @@ from sdxl_eqx.nn.compute import Compute
 from sdxl_eqx.parallel.mesh import batch_sharding, global_batch_size, make_mesh
 from sdxl_eqx.parallel.specs import Layout
 from sdxl_eqx.training.computing import encoding_compute, unet_compute
-from sdxl_eqx.training.memory import NONE, Encoding
+from sdxl_eqx.training.memory import Encoding
 from sdxl_eqx.training.state import TrainState, new_state
 from sdxl_eqx.training.step import StepConfig, train_step
 
@@ -61,7 +61,7 @@ class Program:
             config, shapes.unet, layout, batch_size,
             side=resolution // shapes.vae.downscale,
             memory=memory,
-            encoders=NONE if is_text_cached(config.data) else Encoding.of(shapes, layout, resolution),
+            encoders=Encoding.of(shapes, layout, config.data),
         )  # fmt: skip
         return cls(config, shapes, layout, batch_size, compute, encoding_compute(config, layout))
 

@@ -3,9 +3,8 @@
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,9 @@ import jax.random as jr
 import optax
 from jax.sharding import Mesh
 
-from sdxl_eqx.config import DataConfig, ParallelConfig, TrainConfig, flat, to_yaml
-from sdxl_eqx.data.bad import BadSample
+from sdxl_eqx.config import ParallelConfig, TrainConfig, flat, to_yaml
 from sdxl_eqx.data.sources import Source
-from sdxl_eqx.data.sources.files import cache_folder
 from sdxl_eqx.data.sources.latents import LatentRecords
-from sdxl_eqx.data.sources.open import open_source
-from sdxl_eqx.data.tokenizer import WORDS, tokenize
 from sdxl_eqx.loading import ModelParts
 from sdxl_eqx.models.sdxl import Encoders
 from sdxl_eqx.parallel import hosts
@@ -30,6 +25,7 @@ from sdxl_eqx.parallel.devices import choose_hardware, memory
 from sdxl_eqx.parallel.mesh import describe
 from sdxl_eqx.parallel.specs import ACTIVATIONS, WEIGHTS, Layout
 from sdxl_eqx.training.checkpoint import Checkpoints, Saved
+from sdxl_eqx.training.inputs import cut_captions, read_data_and_model
 from sdxl_eqx.training.optimizer import learning_rate, make_optimizer
 from sdxl_eqx.training.program import Program
 from sdxl_eqx.training.run_folder import RunFolder, new_name
@@ -154,40 +150,6 @@ class _Plan:
         return cls(program, total_steps, source, parts)
 
 
-def read_data_and_model(config: TrainConfig) -> tuple[Source | LatentRecords, ModelParts]:
-    """What a run trains on and what it trains. No process waits for another one here.
-
-    Raises:
-        ValueError: where one of them is wrong.
-        OSError: where one cannot be read.
-    """
-    data, token = config.data, config.data.hf_access_token
-    # The data come first: a wrong folder is said before a model is fetched.
-    parts = cache(partial(ModelParts.read, config.model, config.diffusion_scheduler_config, token=token))
-    latents = partial(_open_latents, parts, data=data)
-    source = open_source(data, seed=config.run.seed, token=token, latents=latents)
-    return source, parts()
-
-
-def _open_latents(parts: Callable[[], ModelParts], paths: Sequence[Path], *, data: DataConfig) -> LatentRecords:
-    """TFRecords of what the encoders of this very model made.
-
-    Raises:
-        ValueError: they are of another model or resolution.
-    """
-    vae, unet = parts().vae, parts().unet
-    records = LatentRecords(
-        paths, scaling_factor=vae.scaling_factor, channels=vae.latent_channels, max_samples=data.max_train_samples,
-        context_width=unet.cross_attention_dim, pooled_width=unet.pooled_dim, index_folder=cache_folder("index"),
-    )  # fmt: skip
-    if records.resolution != data.resolution:
-        raise ValueError(
-            f"--resolution {data.resolution}: {records.name(0)} holds latents of pictures of {records.resolution} "
-            f"pixels; give --resolution {records.resolution}."
-        )
-    return records
-
-
 def _open(config: TrainConfig, plan: _Plan, folder: RunFolder) -> Run | Finished:
     """The run in its folder: begun, resumed, or found to be finished."""
     program, layout, parts = plan.program, plan.program.layout, plan.parts
@@ -207,8 +169,8 @@ def _open(config: TrainConfig, plan: _Plan, folder: RunFolder) -> Run | Finished
             return Finished(folder.path, step)
 
     log.info(
-        "%s: %d samples (%s), batches of %d on %s, %d steps", folder.path, len(plan.source), _cut(plan, config),
-        program.batch_size, describe(layout.mesh), plan.total_steps,
+        "%s: %d samples (%s), batches of %d on %s, %d steps", folder.path, len(plan.source),
+        cut_captions(plan.source, parts, config.data), program.batch_size, describe(layout.mesh), plan.total_steps,
     )  # fmt: skip
     unet_key, encoders_key, state_key = jr.split(jr.key(config.run.seed), 3)
     encoders = hosts.together(partial(parts.encoders, config.model, layout, key=encoders_key))
@@ -249,28 +211,6 @@ def _check_same_everywhere(plan: _Plan) -> None:
     ):
         hosts.same(value, what)
     hosts.same({key: value for key, value in flat(plan.program.config).items() if key not in OF_A_HOST}, "the flags")
-
-
-LOOKED_AT = 10_000
-"""Captions whose tokens are counted before a run; of more, so many spread evenly."""
-
-
-def _cut(plan: _Plan, config: TrainConfig) -> str:
-    """How many captions are longer than what is encoded of them."""
-    source, chunks = plan.source, config.data.caption_chunks
-    if isinstance(source, LatentRecords):
-        return "encoded already"
-    said = []
-    indices = range(0, len(source), -(-len(source) // LOOKED_AT))
-    for i in indices:
-        try:
-            said.extend(source.captions(i))
-        except BadSample as error:  # counted when it is to be trained on
-            log.debug("%s", error)
-    cut = tokenize(plan.parts.tokenizers[0], said, chunks)[1]
-    of = "" if len(indices) == len(source) else f" of {len(said)} looked at"
-    remedy = "; --caption-chunks encodes more" if cut else ""
-    return f"{cut} captions{of} are longer than {WORDS * chunks} tokens and are cut{remedy}"
 
 
 def _replica_axis(config: TrainConfig, layout: Layout) -> str | None:

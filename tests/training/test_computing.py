@@ -9,7 +9,7 @@ import jax.random as jr
 import pytest
 from tiny_step import UNET
 
-from sdxl_eqx.config import AttentionConfig, DiffusionSchedulerConfig, ModelConfig, ParallelConfig, TrainConfig
+from sdxl_eqx.config import AttentionConfig, DataConfig, DiffusionSchedulerConfig, ModelConfig, ParallelConfig, TrainConfig
 from sdxl_eqx.kernels.attention import dot_product
 from sdxl_eqx.kernels.choose import Folded, FromLength
 from sdxl_eqx.kernels.flash import Flash
@@ -129,9 +129,19 @@ def test_the_encoders_of_a_model_are_counted_as_they_are_laid_out():
     encoders = jax.eval_shape(
         lambda: parts.encoders(dataclasses.replace(model, new_text_encoders=True), one, key=jr.key(0))
     )
-    found = Encoding.of(parts, one, 64)
+    found = Encoding.of(parts, one, DataConfig(resolution=64, cache_latents_text_encoder_outputs=False))
     assert found.weights == sum(4 * leaf.size for leaf in jax.tree.leaves(encoders))
     assert found.each == 4 * 4 * 64 * 64 * parts.vae.block_out_channels[0]
+    assert Encoding.of(parts, one, DataConfig(caption_shuffle=True)) == Encoding(found.weights)
+    assert Encoding.of(parts, one, DataConfig()) == NONE
+
+
+def test_longer_captions_keep_more_for_the_backward_pass():
+    one, two = (
+        dataclasses.replace(config(), data=DataConfig(caption_chunks=chunks, resolution=64)) for chunks in (1, 2)
+    )
+    with_one, with_two = (step_bytes(asked, UNET, layout(asked, 1), 8.0, 8, Compute()) for asked in (one, two))
+    assert with_two > 1.02 * with_one
 
 
 @pytest.mark.parametrize(("share", "remat"), [(2.0, "none"), (0.0, "full")])

@@ -6,7 +6,7 @@ import pytest
 from tiny_step import UNET
 
 from sdxl_eqx.arrays import Attend
-from sdxl_eqx.config import DiffusionSchedulerConfig, FlashBlockSizes
+from sdxl_eqx.config import DataConfig, DiffusionSchedulerConfig, FlashBlockSizes
 from sdxl_eqx.kernels.attention import dot_product
 from sdxl_eqx.kernels.flash import Flash
 from sdxl_eqx.kernels.sharded import Sharded
@@ -14,7 +14,14 @@ from sdxl_eqx.loading import ModelShapes
 from sdxl_eqx.models.unet import UNetConfig
 from sdxl_eqx.nn.compute import Compute
 from sdxl_eqx.nn.remat import Remat
-from sdxl_eqx.training.flops import count_flops, encoding_flops, recompute_ratio, unet_training_flops
+from sdxl_eqx.training.flops import (
+    count_flops,
+    recompute_ratio,
+    text_flops,
+    training_flops,
+    unet_training_flops,
+    vae_flops,
+)
 
 
 def test_sdxl_base_takes_the_published_number_of_operations():
@@ -99,4 +106,17 @@ def test_a_policy_that_keeps_attention_runs_no_forward_kernel_twice():
 def test_encoding_a_picture_takes_the_published_number_of_operations():
     """4879 GFLOP of the VAE's convolutions and attention, 111 of both text encoders."""
     shapes = ModelShapes.sdxl_base(DiffusionSchedulerConfig())
-    assert encoding_flops(shapes, 1024) == pytest.approx(4879e9 + 111e9, rel=1e-2)
+    assert vae_flops(shapes, (1024, 1024)) == pytest.approx(4879e9, rel=1e-2)
+    assert text_flops(shapes) == pytest.approx(111e9, rel=1e-2)
+
+
+def test_a_step_counts_what_it_encodes_and_all_chunks_of_a_caption():
+    shapes, size = dataclasses.replace(ModelShapes.sdxl_base(DiffusionSchedulerConfig()), unet=UNET), (64, 128)
+    unet = unet_training_flops(shapes.unet, 8, 16)
+    assert training_flops(shapes, DataConfig(), size) == unet
+    text = text_flops(shapes)
+    assert training_flops(shapes, DataConfig(caption_shuffle=True), size) == unet + text
+    pixels = DataConfig(cache_latents_text_encoder_outputs=False)
+    assert training_flops(shapes, pixels, size) == unet + text + vae_flops(shapes, size)
+    longer = training_flops(shapes, DataConfig(caption_shuffle=True, caption_chunks=2), size)
+    assert longer == unet_training_flops(UNET, 8, 16, 154) + 2 * text > unet + text
