@@ -22,8 +22,10 @@ ROOMS = [
     "parallel",
     "loading",
     "sampling",
+    "generation",
     "training",
     "conversion",
+    "benchmarks",
 ]
 """A file imports from its own room and from those above it in this list."""
 

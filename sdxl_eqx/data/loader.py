@@ -7,6 +7,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from grain.experimental import ThreadPrefetchIterDataset
 
 from sdxl_eqx.config import DataConfig
 from sdxl_eqx.data.bad import BadItems, BadSample
@@ -28,7 +29,7 @@ FOR_EVER = 2**62
 
 @dataclass(frozen=True)
 class _Item:
-    """A sample as it was read, and what could not be on the way to it."""
+    """A sample as it was read, or a batch of them, and what could not be on the way to it."""
 
     arrays: Arrays | None
     bad: tuple[BadSample, ...]
@@ -77,6 +78,13 @@ def make_stream(
                 failures.append(error)
         return _Item(None, tuple(failures))
 
+    def stack(items: Sequence[_Item]) -> _Item:
+        arrays = [one.arrays for one in items if one.arrays is not None]
+        failures = tuple(failure for one in items for failure in one.bad)
+        if len(arrays) < len(items):
+            return _Item(None, failures)
+        return _Item({name: np.stack([one[name] for one in arrays]) for name in arrays[0]}, failures)
+
     def count(item: _Item) -> Arrays:
         # In the consumer's thread, so that what is counted does not depend on prefetching.
         for failure in item.bad:
@@ -85,9 +93,12 @@ def make_stream(
             raise bad.error()
         return item.arrays
 
-    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(num_threads, 2 * size))
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(num_threads, size))
     samples = grain.MapDataset.range(FOR_EVER // size * size).map(item).to_iter_dataset(options)
-    return iter(samples.map(count).batch(size, drop_remainder=True))
+    batches = samples.batch(size, drop_remainder=True, batch_fn=stack)
+    # Whole batches too are made before they are asked for: copying one takes longer than a step may wait.
+    ahead = ThreadPrefetchIterDataset(batches, prefetch_buffer_size=1 if num_threads else 0)
+    return iter(ahead.map(count))
 
 
 def position(batches: int, size: int) -> dict[str, Any]:

@@ -1,6 +1,8 @@
+import contextlib
 import itertools
 import json
 import logging
+import threading
 import time
 from typing import Any
 
@@ -257,3 +259,18 @@ def test_captions_come_in_chunks_and_their_tags_in_another_order(tokenizers):
     drawn = [emoji(config, tokenizers)(2, np.random.default_rng(i)) for i in range(20)]
     assert all(d["input_ids"].shape == d["input_ids_2"].shape == (154,) for d in drawn)
     assert len({d["input_ids"].tobytes() for d in drawn}) > 1
+
+
+def test_a_batch_is_copied_together_before_it_is_asked_for(monkeypatch):
+    """A step does not wait for the copy."""
+    made, stack = threading.Semaphore(0), np.stack
+
+    def counted(arrays):
+        made.release()
+        return stack(arrays)
+
+    monkeypatch.setattr(np, "stack", counted)
+    with contextlib.closing(stream()) as batches:
+        next(batches)
+        fields, given = ("item", "draw"), 2
+        assert all(made.acquire(timeout=10) for _ in range(given * len(fields)))

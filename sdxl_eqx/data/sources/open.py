@@ -1,13 +1,15 @@
 """Which source a data set's flags ask for, or its files show."""
 
 import logging
+import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from sdxl_eqx.config import DataConfig
 from sdxl_eqx.data.assets import PREFIX, resolve
-from sdxl_eqx.data.sources.files import Files, joined
+from sdxl_eqx.data.sources.files import Files, is_local, joined
 from sdxl_eqx.data.sources.folder import METADATA, ImageFolder
 from sdxl_eqx.data.sources.latents import LatentRecords
 from sdxl_eqx.data.sources.records import ArrayRecords
@@ -28,7 +30,10 @@ ENDINGS = {
     "arrayrecord": (".array_record", ".arrayrecord", ".riegeli"),
     "tfrecord": (".tfrecord", ".tfrecords", ".tfrec"),
 }
-"""How the files of each type end; pictures and their texts are an image folder."""
+"""How the files of each type end, or go on with -00000-of-00002; pictures and their texts are an image folder."""
+
+SAVED = ("state.json", "dataset_dict.json")
+"""What `save_to_disk` of the library `datasets` writes beside the arrow files of one split, or of several."""
 
 
 def open_source(
@@ -64,9 +69,13 @@ def open_source(
         if is_file:
             raise ValueError(f"--train-data-dir {place}: is a file; name the folder of pictures that it lies in.")
         return ImageFolder(place, **columns, **most, token=token)
-    paths = [name if is_file else joined(place, name) for name in names if name.endswith(ENDINGS[kind])]
-    if kind == "hf" and not is_file:
-        return Table(arrow_table(place, split=data.train_split), **columns, **most, folder=place, name=place)
+    where: dict[str, Any] = {"folder": (os.path.dirname(place) or ".") if is_file else place, "files": files}
+    if kind == "hf" and is_local(place) and any(name in SAVED for name in names):
+        saved = arrow_table(files.local_copy(place), split=data.train_split)
+        return Table(saved, **columns, **most, **where, name=place)
+    if kind == "hf" and SAVED[1] in names:
+        names = _of_split(place, names, data.train_split)
+    paths = [name if is_file else joined(place, name) for name in names if _is_of(kind, name)]
     if not paths:
         raise ValueError(
             f"--dataset-type {kind}: {place} has no file that ends in {' or '.join(ENDINGS[kind])}; "
@@ -75,11 +84,10 @@ def open_source(
     if kind == "webdataset":
         return Tars(paths, **columns, **most, token=token)
     if kind == "parquet":
-        folder = place.rpartition("/")[0] if is_file else place
-        return Table(parquet_table(paths), **columns, **most, folder=folder, name=place, files=files)
+        return Table(parquet_table(paths), **columns, **most, **where, name=place)
     local = [files.local_copy(path) for path in paths]
     if kind == "hf":
-        return Table(arrow_files(local), **columns, **most, folder=str(local[0].parent), name=place)
+        return Table(arrow_files(local), **columns, **most, **where, name=place)
     if kind == "arrayrecord":
         return ArrayRecords(local, **columns, **most)
     _refuse_what_is_encoded(data)
@@ -94,10 +102,27 @@ def _kind(place: str, names: Sequence[str]) -> str:
     """
     if any(name.rpartition("/")[2] in METADATA for name in names):
         return "imagefolder"
-    found = [kind for kind, endings in ENDINGS.items() if any(name.endswith(endings) for name in names)]
+    found = [kind for kind in ENDINGS if any(_is_of(kind, name) for name in names)]
     if len(found) > 1:
         raise ValueError(f"--train-data-dir {place}: holds files of {' and '.join(found)}; choose by --dataset-type.")
     return found[0] if found else "imagefolder"
+
+
+def _is_of(kind: str, name: str) -> bool:
+    return re.sub(r"-\d+-of-\d+$", "", name).endswith(ENDINGS[kind])
+
+
+def _of_split(place: str, names: Sequence[str], split: str) -> list[str]:
+    """The files of one split of those that `save_to_disk` wrote, each into a folder of its name.
+
+    Raises:
+        ValueError: there is no such split.
+    """
+    found = [name for name in names if name.startswith(f"{split}/")]
+    if not found:
+        splits = dict.fromkeys(name.partition("/")[0] for name in names if "/" in name)
+        raise ValueError(f"{place} has no split {split!r}, only {', '.join(splits)}; give one with --train-split")
+    return found
 
 
 def _refuse_what_is_encoded(data: DataConfig) -> None:

@@ -1,0 +1,37 @@
+"""Measure this project beside what it is compared to: `python scripts/benchmark.py --help`."""
+
+import sys
+
+import tyro
+
+from sdxl_eqx.benchmarks.config import DataBenchmark
+from sdxl_eqx.console import talk
+
+COMMANDS = {"data": DataBenchmark}
+
+
+def main() -> int:
+    """Run the command line; returns the exit code."""
+    config = tyro.extras.subcommand_cli_from_dict(COMMANDS, description=__doc__)
+    log = talk()
+    try:
+        measure(config)
+    except (ValueError, OSError) as error:
+        log.error("error: %s", error)
+        return 2
+    return 0
+
+
+def measure(config: DataBenchmark) -> None:
+    """Run what a subcommand asks for. Each is imported here, so that --help and wrong flags answer at once."""
+    if isinstance(config, DataBenchmark):
+        import jax
+
+        from sdxl_eqx.benchmarks import data
+
+        jax.config.update("jax_platforms", "cpu")  # the data need no accelerator
+        data.measure(config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
