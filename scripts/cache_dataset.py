@@ -12,11 +12,11 @@ def main() -> int:
     config = parse(sys.argv[1:])
 
     # Imported here, so that --help and wrong flags answer at once.
+    from sdxl_eqx.parallel.begin import begin_jax
     from sdxl_eqx.training.caching import cache_dataset
-    from sdxl_eqx.training.setup import begin_jax
 
     try:
-        begin_jax(config)
+        begin_jax(config.run)
         summary = cache_dataset(config)
     except (ValueError, OSError) as error:
         log.error("error: %s", error)

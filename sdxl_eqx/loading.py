@@ -1,6 +1,5 @@
 """A model from whatever people have: what it says it is, and its weights on the devices."""
 
-import dataclasses
 import hashlib
 import logging
 import os
@@ -16,7 +15,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from sdxl_eqx.config import DiffusionSchedulerConfig, ModelConfig
+from sdxl_eqx.config import DiffusionSchedulerConfig, ModelConfig, ModelSourceConfig
 from sdxl_eqx.data.assets import located
 from sdxl_eqx.data.tokenizer import Tokenizers, bundled_tokenizers, load_tokenizers, tokenize
 from sdxl_eqx.diffusion.schedule import ScheduleConfig
@@ -52,7 +51,7 @@ class ModelShapes:
     @classmethod
     def sdxl_base(cls, scheduler: DiffusionSchedulerConfig) -> "ModelShapes":
         """stabilityai/stable-diffusion-xl-base-1.0, with what is changed of its schedule."""
-        changed = {k: v for k, v in dataclasses.asdict(scheduler).items() if v}
+        changed = scheduler.changed()
         schedule = ScheduleConfig.from_json({**ScheduleConfig().to_json(), **changed})
         text, text_2 = CLIPTextConfig.sdxl_base(), CLIPTextConfig.sdxl_base_2()
         return cls(UNetConfig.sdxl_base(), VAEConfig.sdxl_base(), text, text_2, schedule)
@@ -86,10 +85,12 @@ class ModelParts(ModelShapes):
     variant: str
     model: Model
     tokenizers: Tokenizers
+    scheduler: dict[str, Any]
+    """What diffusers' `scheduler_config.json` says, with what is changed of it."""
 
     @classmethod
     def read(
-        cls, config: ModelConfig, scheduler: DiffusionSchedulerConfig, *, token: str, with_weights: bool = True
+        cls, config: ModelSourceConfig, scheduler: DiffusionSchedulerConfig, *, token: str, with_weights: bool = True
     ) -> "ModelParts":
         """Read the configs and tokenizers of the model that the config names, and check that they go together.
 
@@ -101,7 +102,8 @@ class ModelParts(ModelShapes):
         token = token or os.environ.get("HF_TOKEN", "")
         name = config.pretrained_model_name_or_path
         source = Source(located(name), MODEL_FLAG, config.revision, token, config.variant, from_pt=config.from_pt)
-        other_unet = config.train_new_unet or config.unet_checkpoint
+        is_new = isinstance(config, ModelConfig) and config.train_new_unet
+        other_unet = is_new or config.unet_checkpoint
         parts = [part for part in PARTS if part != "unet" or not other_unet] if with_weights else []
         model = open_model(source, parts=parts)
         if not model.configs.keys() - {"unet"}:
@@ -111,7 +113,7 @@ class ModelParts(ModelShapes):
         if config.unet_checkpoint:
             other = Source(located(config.unet_checkpoint), UNET_FLAG, token=token, from_pt=config.from_pt)
             model = _with_unet(model, other)
-        changed = {k: v for k, v in dataclasses.asdict(scheduler).items() if v}
+        changed = scheduler.changed()
         configs = _Configs(source.name, model)
         parts = cls(
             name=source.name,
@@ -122,24 +124,27 @@ class ModelParts(ModelShapes):
             text=configs.read("text_encoder", partial(CLIPTextConfig.from_json, projection=False)),
             text_2=configs.read("text_encoder_2", partial(CLIPTextConfig.from_json, projection=True)),
             schedule=configs.read("scheduler", lambda found: ScheduleConfig.from_json({**found, **changed})),
+            scheduler={**model.configs["scheduler"], **changed},
             tokenizers=load_tokenizers(model.tokenizers) if model.tokenizers else bundled_tokenizers(),
         )
-        parts.check()
+        parts.check(inpainting=not isinstance(config, ModelConfig))
         return parts
 
-    def check(self) -> None:
-        """Check that the parts fit each other.
+    def check(self, *, inpainting: bool = False) -> None:
+        """Check that the parts fit each other; a UNet for `inpainting` sees a mask and a picture too.
 
         Raises:
             ValueError: naming the two that do not.
         """
         context = self.text.hidden_size + self.text_2.hidden_size
+        latent = self.vae.latent_channels
+        seen = self.unet.in_channels if inpainting and self.unet.in_channels == 2 * latent + 1 else latent
         added = (self.text_2.projection_dim or 0) + 6 * self.unet.addition_time_embed_dim
         for what, has, wants in (
             ("cross_attention_dim, the width of both text encoders", self.unet.cross_attention_dim, context),
             ("projection_class_embeddings_input_dim", self.unet.projection_class_embeddings_input_dim, added),
-            ("in_channels, the VAE's latent_channels", self.unet.in_channels, self.vae.latent_channels),
-            ("out_channels, the VAE's latent_channels", self.unet.out_channels, self.vae.latent_channels),
+            ("in_channels, the VAE's latent_channels", self.unet.in_channels, seen),
+            ("out_channels, the VAE's latent_channels", self.unet.out_channels, latent),
         ):
             if has != wants:
                 raise ValueError(
@@ -164,9 +169,10 @@ class ModelParts(ModelShapes):
             raise ValueError(f"{self.name}: has no weights of {part}{which}; give a model that has{or_new}.")
         return self.model.parts[part]
 
-    def encoders(self, config: ModelConfig, layout: Layout, *, key: PRNGKeyArray) -> Encoders:
+    def encoders(self, config: ModelSourceConfig, layout: Layout, *, key: PRNGKeyArray) -> Encoders:
         """VAE and text encoders in float32, laid out over the mesh."""
         keys = jr.split(key, 2)
+        may_be_new = isinstance(config, ModelConfig) and config.new_text_encoders
 
         def part(name: str, *, make: Callable[..., Any] | None = None) -> Any:
             if make is not None and name not in self.model.parts:
@@ -176,7 +182,7 @@ class ModelParts(ModelShapes):
             return _fill(shapes, tensors, layout, dtype=np.float32, source=f"{self.name} ({name})")
 
         def text(name: str, shape: CLIPTextConfig, text_key: PRNGKeyArray) -> Any:
-            return part(name, make=(lambda: CLIPText(shape, key=text_key)) if config.new_text_encoders else None)
+            return part(name, make=(lambda: CLIPText(shape, key=text_key)) if may_be_new else None)
 
         return Encoders(
             text_encoder=text("text_encoder", self.text, keys[0]),
@@ -188,14 +194,29 @@ class ModelParts(ModelShapes):
         """The UNet to start from, in weights_dtype, laid out over the mesh: the model's, or a random one."""
         dtype = jax.numpy.dtype(config.weights_dtype)
 
+        if not config.train_new_unet:
+            return self.stored_unet(config, layout, dtype=dtype)
+
         def make(k: PRNGKeyArray) -> UNet:
             return cast(UNet(self.unet, key=k), dtype)
 
-        shapes = jax.eval_shape(make, key)
-        if config.train_new_unet:
-            return jax.jit(make, out_shardings=layout.shardings(shapes))(key)
-        tensors = self.tensors("unet", flag="--train-new-unet")
-        return _fill(shapes, tensors, layout, dtype=dtype, source=f"{config.unet_checkpoint or self.name} (unet)")
+        return jax.jit(make, out_shardings=layout.shardings(jax.eval_shape(make, key)))(key)
+
+    def stored_unet(self, config: ModelSourceConfig, layout: Layout, *, dtype: Any) -> UNet:
+        """The model's UNet in `dtype`, laid out over the mesh."""
+        tensors = self.tensors("unet", flag="--train-new-unet" if isinstance(config, ModelConfig) else "")
+        source = f"{config.unet_checkpoint or self.name} (unet)"
+        return _fill(skeleton("unet", self.model.configs["unet"]), tensors, layout, dtype=dtype, source=source)
+
+
+def fill_part(part: str, model: Model, layout: Layout, *, dtype: Any, source: str) -> Any:
+    """A part of a model in `dtype`, laid out over the mesh.
+
+    Raises:
+        ValueError: where its tensors are not those that its config asks for.
+    """
+    shapes = skeleton(part, model.configs[part])
+    return _fill(shapes, model.parts[part], layout, dtype=dtype, source=f"{source} ({part})")
 
 
 def _fill(shapes: Any, tensors: Tensors, layout: Layout, *, dtype: Any, source: str) -> Any:

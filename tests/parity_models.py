@@ -24,7 +24,10 @@ from sdxl_eqx.models.sdxl import Conditioning
 from sdxl_eqx.models.unet import Control, UNet, UNetConfig
 from sdxl_eqx.models.vae import VAE, VAEConfig
 from sdxl_eqx.nn.compute import Compute
-from sdxl_eqx.sampling.pipeline import SamplerConfig
+from sdxl_eqx.sampling.drawing import Drawing
+from sdxl_eqx.sampling.pipeline import Manner, draw
+from sdxl_eqx.sampling.schedulers.plan import plan
+from sdxl_eqx.sampling.schedulers.scheduler import Scheduler
 from sdxl_eqx.weights.names import places
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -140,9 +143,33 @@ def control_image(config: ControlNetConfig, grid: tuple[int, int], *, seed: int 
     return generator("control image", grid, seed).uniform(0, 1, shape).astype(np.float32)
 
 
-def sampler_config(steps: int, guidance_scale: float, **changes: Any) -> SamplerConfig:
-    """A sampler in float32 with those changes of the schedule."""
-    return SamplerConfig(ScheduleConfig(**changes), steps, guidance_scale, jnp.float32, PLAIN)
+DRAWING = Drawing(jnp.float32, PLAIN, PLAIN)
+"""On one device, in float32."""
+
+
+def drawn(
+    unet: UNet,
+    inputs: Mapping[str, Any],
+    uncond: Mapping[str, Any] | None,
+    steps: int,
+    guidance_scale: float,
+    **changes: Any,
+) -> jax.Array:
+    """Latents that Euler's method draws from the noise `inputs["eps"]`, with those changes of the schedule."""
+    planned = plan(Scheduler(schedule=ScheduleConfig(**changes)), steps)
+    latents, finite = draw(
+        unet,
+        jnp.asarray(inputs["eps"]) * planned.initial_scale,
+        conditioning(inputs),
+        None if uncond is None else conditioning(uncond),
+        planned.table,
+        jnp.asarray(Manner(steps, guidance_scale).scales(0, steps, steps)),
+        jr.split(jr.key(0), len(inputs["eps"])),
+        prediction_type=planned.scheduler.schedule.prediction_type,
+        drawing=DRAWING,
+    )
+    assert finite.all()
+    return latents
 
 
 def conditioning(inputs: Mapping[str, Any]) -> Conditioning:

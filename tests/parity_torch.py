@@ -1,6 +1,7 @@
 """The same tiny models in diffusers and transformers, and what they make of the same inputs. Needs PyTorch."""
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import parity_models as tiny
+import parity_schedulers as cases
 import pytest
 from parity_models import Tensors, nchw, nhwc
 
@@ -208,6 +210,38 @@ def their_levels(**changes: Any) -> Iterator[tuple[np.ndarray, np.ndarray, float
         yield euler.timesteps.numpy(), euler.sigmas.numpy(), float(euler.init_noise_sigma)
 
 
+def their_scheduler(case: cases.Case) -> Any:
+    """diffusers' scheduler of a case, its timesteps set."""
+    with their_warnings_are_theirs():
+        theirs = getattr(lazy, case.name).from_config(case.config)
+        if case.timesteps:
+            theirs.set_timesteps(timesteps=list(case.timesteps))
+        else:
+            theirs.set_timesteps(case.steps)
+    if hasattr(theirs, "set_begin_index"):
+        theirs.set_begin_index(case.start)
+    return theirs
+
+
+def their_drawing(case: cases.Case, model: Any = None, shape: tuple[int, ...] = cases.SHAPE) -> np.ndarray:
+    """The last latents of a case as diffusers' pipelines draw them, over the cheap model or `(x, t) -> output`."""
+    model = model or (lambda x, t: cases.cheap(torch, x, t))
+    theirs = their_scheduler(case)
+    timesteps = theirs.timesteps[case.start : case.stop]
+    noises = iter(to_torch(noise) for noise in cases.step_noises(len(timesteps), shape))
+    eps = to_torch(cases.unit_noise("x", shape))
+    module = sys.modules[type(theirs).__module__]
+    options = {"eta": case.eta} if case.name == cases.DDIM else {}
+    with torch.no_grad(), their_warnings_are_theirs(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "randn_tensor", lambda *_, **__: next(noises), raising=False)
+        x = eps * theirs.init_noise_sigma
+        if case.start > 0:
+            x = theirs.add_noise(to_torch(cases.picture(shape)), eps, timesteps[:1])
+        for t in timesteps:
+            x = theirs.step(model(theirs.scale_model_input(x, t), t), t, x, **options).prev_sample
+    return to_numpy(x)
+
+
 def shapes(model: Any) -> dict[str, tuple[int, ...]]:
     """Every key and shape of a model's file, as the published files have them."""
     found = {key: tuple(value.shape) for key, value in model.state_dict().items() if not key.endswith("position_ids")}
@@ -257,6 +291,7 @@ def golden() -> tuple[dict[str, Tensors], dict[str, Any]]:
             f"{spacing}.sigmas": np.concatenate([s for _, s, _ in rows]),
             f"{spacing}.initial": np.array([scale for _, _, scale in rows], np.float32),
         }
+    files["schedulers"] = {str(case): their_drawing(case) for case in cases.GOLDEN_CASES}
     return files, {name: tiny.table(found) for name, found in published_shapes().items()}
 
 

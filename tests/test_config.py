@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdxl_eqx.config import FlashBlockSizes, TrainConfig, flat, groups, is_flat, to_yaml
-from sdxl_eqx.config.groups import AXIS_RULES
-from sdxl_eqx.config.train import plain, rules
+from sdxl_eqx.config.shared import AXIS_RULES
+from sdxl_eqx.config.rules import plain
+from sdxl_eqx.config.train import rules
 from sdxl_eqx.flags import NAMES, merge
 
 VALID = merge(TrainConfig(), {"train_data_dir": "pictures"})
@@ -73,6 +74,8 @@ BAD: dict[str, list[Any]] = {
     "checkpoints_to_keep": [0],
     "log_period": [0],
     "guidance_scale": [-0.1, math.inf, math.nan],
+    "guidance_rescale": [-0.1, 1.1, math.nan],
+    "diffusion_scheduler_config._class_name": ["Eulr", "KDPM2DiscreteScheduler"],
     "num_inference_steps": [0, 1001],
     "sample_every": [0, -2],
     "samples_per_grid": [-1],

@@ -1,44 +1,26 @@
 """The groups of a training run's config, one a room: frozen dataclasses whose docstrings `--help` shows."""
 
-from dataclasses import dataclass, field, fields
-from typing import Annotated, Literal
-
-import tyro
+from dataclasses import dataclass, field
+from typing import Literal
 
 from sdxl_eqx.arrays import DtypeName
-
-Axes = tuple[str, ...]
-"""Axes of the mesh."""
+from sdxl_eqx.config.shared import (
+    MESH_AXES,
+    AttentionKernelConfig,
+    Axes,
+    MachineConfig,
+    MeshConfig,
+    ModelSourceConfig,
+    PromptConfig,
+)
 
 DatasetType = Literal[
     "auto", "hf", "imagefolder", "parquet", "webdataset", "arrayrecord", "tfrecord", "synthetic"
 ]  # fmt: skip
 
-AxisRules = tuple[tuple[str, Axes], ...]
-"""The axes of the mesh that share each named dimension."""
-
-MESH_AXES: Axes = ("data", "fsdp", "context", "tensor")
-
-AXIS_RULES: AxisRules = (
-    ("batch", ("data",)),
-    ("activation_batch", ("data", "fsdp")),
-    ("activation_length", ("context",)),
-    ("activation_kv_length", ()),
-    ("activation_heads", ("tensor",)),
-    ("activation_kv", ("tensor",)),
-    ("mlp", ("tensor",)),
-    ("embed", ("fsdp",)),
-    ("heads", ("tensor",)),
-    ("conv_batch", ("data", "fsdp")),
-    ("conv_in", ()),
-    ("out_channels", ("tensor",)),
-    ("conv_out", ("fsdp",)),
-)
-"""MaxDiffusion's, and three dimensions that its rules leave out."""
-
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(MachineConfig):
     """The run and where it lies."""
 
     run_name: str = ""
@@ -47,14 +29,6 @@ class RunConfig:
     """Where runs go, if set; else output_dir."""
     output_dir: str = "outputs"
     """Where runs go; the run's folder is OUTPUT_DIR/RUN_NAME and holds everything of the run."""
-    seed: int = 0
-    """Every random draw of the run follows from it."""
-    hardware: Literal["auto", "tpu", "gpu", "cpu"] = "auto"
-    """Where to run; auto takes what JAX finds, the others are an error where there is none."""
-    jax_cache_dir: str = ""
-    """Persistent compile cache; '' is the user's cache folder, `none` turns it off."""
-    skip_jax_distributed_system: bool = False
-    """Do not start jax.distributed, whatever the environment says."""
 
     @property
     def root(self) -> str:
@@ -63,27 +37,11 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(ModelSourceConfig):
     """The model that is trained."""
 
-    pretrained_model_name_or_path: str = "stabilityai/stable-diffusion-xl-base-1.0"
-    """Hub id, diffusers folder, single .safetensors file, or a folder that convert_weights.py made `--to native`;
-    `asset:tiny-sdxl` is the small one that comes with the package."""
-    revision: str = "main"
-    """Branch, tag or commit on the Hub."""
-    variant: str = ""
-    """Word in the names of a diffusers folder's weight files, such as fp16; only those are fetched and read."""
-    unet_checkpoint: str = ""
-    """Another UNet to put in: diffusers folder, .safetensors file in either layout, Hub id, or a run (its average, if
-    it has one)."""
-    from_pt: bool = True
-    """Read PyTorch-layout files (safetensors); otherwise Flax ones (.msgpack) where there are any."""
     weights_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the stored parameters; the moving average is float32, the optimizer's moments are of moments_dtype."""
-    activations_dtype: DtypeName = "bfloat16"
-    """Dtype of the computation; norms, softmax and loss are float32 all the same."""
-    precision: Literal["DEFAULT", "HIGH", "HIGHEST"] = "DEFAULT"
-    """Precision of every matrix product and convolution."""
     train_new_unet: bool = False
     """Start from a random UNet instead of the model's."""
     new_text_encoders: bool = False
@@ -91,61 +49,15 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class AttentionConfig:
+class AttentionConfig(AttentionKernelConfig):
     """How the blocks of the UNet are computed."""
 
-    attention: Literal["auto", "dot_product", "flash", "cudnn", "cudnn_flash_te"] = "auto"
-    """What computes attention: XLA (dot_product), JAX's flash kernels, or cuDNN, by itself or through Transformer
-    Engine. auto takes the best for the device and says which; one asked for by name serves or is an error."""
-    flash_min_seq_length: int = 0
-    """flash serves from so many queries and keys on, dot_product below."""
-    split_head_dim: bool = True
-    """Heads are an axis of their own, which tensor parallelism shares out; otherwise they are folded into the batch."""
-    attention_sharding_uniform: bool = True
-    """Under context parallelism queries of self- and cross-attention are shared out alike, by their place in the
-    sequence; otherwise self-attention by heads."""
-    mask_padding_tokens: bool = True
-    """Keep attention off the padding of keys up to a kernel's block; without, its zeros are attended to, as
-    MaxDiffusion does."""
     remat_policy: Literal["auto", "none", "dots", "attention", "full", "offload"] = "auto"
     """What the backward pass computes again to save memory: nothing; all but matrix products and convolutions (dots);
     all but attention; everything of each block (full); as dots, but kept in the host's memory (offload). auto takes the
     least that fits the device."""
     scan_unroll: int = 1
     """How many transformer blocks are unrolled in a scan: more compile time, the same result."""
-
-
-@dataclass(frozen=True)
-class FlashBlockSizes:
-    """How many queries and keys a flash kernel takes at a time; none of it changes the result.
-
-    What is None is chosen by shape, and nothing is larger than the padded sequence.
-    """
-
-    block_q: int | None = None
-    """Queries at a time in the forward pass."""
-    block_kv: int | None = None
-    """Keys at a time in the forward pass."""
-    block_kv_compute: int | None = None
-    """Part of block_kv that is worked on at once (TPU only)."""
-    block_q_dkv: int | None = None
-    """Queries at a time for the gradients of keys and values."""
-    block_kv_dkv: int | None = None
-    """Keys at a time for the gradients of keys and values."""
-    block_kv_dkv_compute: int | None = None
-    """Part of block_kv_dkv that is worked on at once (TPU only)."""
-    block_q_dq: int | None = None
-    """Queries at a time for the gradient of the queries."""
-    block_kv_dq: int | None = None
-    """Keys at a time for the gradient of the queries."""
-    use_fused_bwd_kernel: bool | None = None
-    """All three gradients in one kernel, whose memory grows with the number of blocks of keys (TPU; on a GPU it is
-    always so)."""
-
-    def asked(self) -> dict[str, int]:
-        """The sizes that are not left to us."""
-        sizes = {field.name: getattr(self, field.name) for field in fields(self) if field.name.startswith("block_")}
-        return {name: size for name, size in sizes.items() if size is not None}
 
 
 @dataclass(frozen=True)
@@ -193,18 +105,6 @@ class OptimConfig:
     """Decay of an exponential moving average of what is trained; 0 is off. Samples and export use it."""
     ema_every: int = 1
     """Update the average every so many steps."""
-
-
-@dataclass(frozen=True)
-class DiffusionSchedulerConfig:
-    """What is changed of the model folder's scheduler, for training and sampling alike; '' keeps the folder's."""
-
-    prediction_type: Annotated[
-        Literal["", "epsilon", "v_prediction"], tyro.conf.arg(metavar="{'',epsilon,v_prediction}")
-    ] = ""
-    """What the UNet predicts."""
-    timestep_spacing: Annotated[Literal["", "leading", "trailing"], tyro.conf.arg(metavar="{'',leading,trailing}")] = ""
-    """How sampling steps are spread over the schedule."""
 
 
 @dataclass(frozen=True)
@@ -273,32 +173,9 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class ParallelConfig:
+class ParallelConfig(MeshConfig):
     """How the devices share the work."""
 
-    mesh_axes: Axes = MESH_AXES
-    """Order of the mesh's axes, outermost first; neighbours on the last ones."""
-    dcn_data_parallelism: int = -1
-    """Slices of a TPU, or hosts of GPUs, that share the batch and hold all weights; one dcn_ -1 takes the rest."""
-    dcn_fsdp_parallelism: int = 1
-    """Slices or hosts that share batch, weights and optimizer state."""
-    dcn_context_parallelism: int = 1
-    """Slices or hosts that share the rows of each picture."""
-    dcn_tensor_parallelism: int = 1
-    """Slices or hosts that share attention heads and feed-forward."""
-    ici_data_parallelism: int = -1
-    """Devices that share the batch and hold all weights; one ici_ -1 takes the rest."""
-    ici_fsdp_parallelism: int = 1
-    """Devices that share batch, weights and optimizer state."""
-    ici_context_parallelism: int = 1
-    """Devices that share the rows of each picture."""
-    ici_tensor_parallelism: int = 1
-    """Devices that share attention heads and feed-forward."""
-    allow_split_physical_axes: bool = False
-    """Let an axis of the mesh take part of a physical axis of a TPU."""
-    logical_axis_rules: AxisRules = AXIS_RULES
-    """Which axes of the mesh share a dimension of weights or activations, as [[NAME, AXIS or [AXES]], ...]; what is
-    given replaces the default of the names in it."""
     data_sharding: Axes = MESH_AXES
     """Axes of the mesh over which a batch is spread as it is read; axes that do not divide it are left out from the
     last one."""
@@ -336,19 +213,9 @@ class MetricsConfig:
 
 
 @dataclass(frozen=True)
-class SampleConfig:
+class SampleConfig(PromptConfig):
     """Pictures made while training."""
 
-    prompt: str = "A magical castle in the middle of a forest, artistic drawing"
-    """Prompt of every sample; '' takes the first captions of the data set, one a picture."""
-    negative_prompt: str = ""
-    """Prompt that guidance leads away from."""
-    do_classifier_free_guidance: bool = True
-    """Guide the sampler by the difference between prompt and negative prompt."""
-    guidance_scale: float = 9.0
-    """Strength of guidance; 1 is none."""
-    num_inference_steps: int = 20
-    """Sampler steps."""
     sample_every: int = -1
     """Draw a grid of samples each so many training samples; -1 only at the end."""
     samples_per_grid: int = 4

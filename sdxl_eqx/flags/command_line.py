@@ -1,18 +1,31 @@
-"""The command line of training: flags over a YAML file over the published defaults, checked once."""
+"""The command lines of the scripts: flags over a YAML file over the published defaults, checked once."""
 
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from sdxl_eqx.config import TINY, TrainConfig, groups
+from sdxl_eqx.config import TINY, GenerateConfig, TrainConfig, flag, groups
 from sdxl_eqx.flags.files import read
-from sdxl_eqx.flags.names import NAMES, READERS, SECRET, FlagError, Name, merge, nearest, read_as
+from sdxl_eqx.flags.names import (
+    GENERATE_NAMES,
+    LISTS,
+    NAMES,
+    READERS,
+    SECRET,
+    C,
+    FlagError,
+    Name,
+    Names,
+    merge,
+    nearest,
+    read_as,
+)
 from sdxl_eqx.flags.switches import check
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -31,6 +44,14 @@ class CommandLine(TrainConfig):
 
     config: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """YAML file of the names below, with underscores; flags win over it."""
+
+
+@dataclass(frozen=True)
+class GenerateLine(GenerateConfig):
+    """Draw pictures with Stable Diffusion XL."""
+
+    config: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
+    """YAML file of the names below, with underscores; flags win over it. That of a training run will do."""
 
 
 READING = tyro.constructors.ConstructorRegistry()
@@ -56,13 +77,26 @@ def _inline(value: tuple[Any, ...]) -> str:
 
 
 def parse(argv: Sequence[str]) -> TrainConfig:
-    """The checked config of a command line. Nothing given means `--config configs/tiny.yaml`.
+    """The checked config of a training command line. Nothing given means `--config configs/tiny.yaml`.
 
     Raises:
         SystemExit: 2 after one message on stderr where the flags or the file are wrong; 0 after `--help`.
     """
+    return _or_exit(_parse, argv)
+
+
+def parse_generate(argv: Sequence[str]) -> GenerateConfig:
+    """The checked config of a command line that draws pictures.
+
+    Raises:
+        SystemExit: 2 after one message on stderr where the flags or the file are wrong; 0 after `--help`.
+    """
+    return _or_exit(_parse_generate, argv)
+
+
+def _or_exit(read: Callable[[Sequence[str]], C], argv: Sequence[str]) -> C:
     try:
-        return _parse(argv)
+        return read(argv)
     except FlagError as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from None
@@ -76,20 +110,28 @@ def _parse(argv: Sequence[str]) -> TrainConfig:
                 "an installed package: name your own with --config FILE, or see --help"
             )
         argv = ["--config", str(TINY_FILE)]
-    args, given, file = _words(argv)
-    values = read(file) if file else {}
+    return _config(argv, TrainConfig(), NAMES, CommandLine, "scripts/train.py", elsewhere=None)
+
+
+def _parse_generate(argv: Sequence[str]) -> GenerateConfig:
+    return _config(argv, GenerateConfig(), GENERATE_NAMES, GenerateLine, "scripts/generate.py", elsewhere=NAMES)
+
+
+def _config(
+    argv: Sequence[str], default: C, names: Names, line: Callable[..., Any], script: str, *, elsewhere: Names | None
+) -> C:
+    args, given, file = _words(argv, names)
+    values = read(file, names, elsewhere=elsewhere) if file else {}
     secret = values.pop(SECRET, "")  # kept from tyro, whose help shows defaults
-    base = merge(TrainConfig(), values)
-    default = CommandLine(**groups(base))
-    line = tyro.cli(CommandLine, prog="scripts/train.py", args=args, default=default, registry=READING)
-    parsed = TrainConfig(**{group: getattr(line, group) for group in groups(base)})
-    flags = {key: getattr(getattr(parsed, NAMES[key].group), NAMES[key].field) for key in given}
+    base = merge(default, values)
+    parsed = tyro.cli(line, prog=script, args=args, default=line(**groups(base)), registry=READING)
+    flags = {key: getattr(getattr(parsed, names[key].group), names[key].field) for key in given}
     config = merge(base, {SECRET: secret, **flags})
     check(config, file, values, flags)
     return config
 
 
-def _words(argv: Sequence[str]) -> tuple[list[str], set[str], str]:
+def _words(argv: Sequence[str], names: Names) -> tuple[list[str], set[str], str]:
     """The arguments in the one form tyro is given (`--name=value`, `--x` or `--no-x`), the keys given, the YAML file.
 
     No message repeats a value that belongs to no flag: it may be a misplaced token.
@@ -104,14 +146,14 @@ def _words(argv: Sequence[str]) -> tuple[list[str], set[str], str]:
             args.append("--help")
             continue
         if not word.startswith("--"):
-            raise FlagError(_stray(word, last))
+            raise FlagError(_stray(word, last, names))
         shown, equals, value = word.partition("=")
         key = shown.removeprefix("--").replace("-", "_")
-        negated = _negated(key)
-        name = NAMES.get(negated or key)
+        negated = _negated(key, names)
+        name = names.get(negated or key)
         last = shown
         if name is None and key != "config":
-            raise FlagError(f"{shown}: no such flag{nearest(key, [*NAMES, 'config'], flag=True)}")
+            raise FlagError(f"{shown}: no such flag{nearest(key, [*names, 'config'], as_flag=True)}")
         if name is not None and name.type is bool:
             if not negated and not equals and words and words[0].lower() in BOOLS:
                 equals, value = "=", words.pop(0)
@@ -125,6 +167,12 @@ def _words(argv: Sequence[str]) -> tuple[list[str], set[str], str]:
             if not words or words[0].startswith("--"):
                 raise FlagError(f"{shown}: a value must follow; one that begins with -- is written {shown}=--VALUE")
             value = words.pop(0)
+            more = len(words) and name is not None and name.type in LISTS and not value.lstrip().startswith("[")
+            if more and not words[0].startswith("--"):
+                following = [value]
+                while words and not words[0].startswith("--"):
+                    following.append(words.pop(0))
+                value = _inline(tuple(following))
         if name is None:
             if file or not value:
                 raise FlagError("--config: give one YAML file, once; flags win over it")
@@ -139,29 +187,30 @@ def _words(argv: Sequence[str]) -> tuple[list[str], set[str], str]:
     return args, given, file
 
 
-def _negated(key: str) -> str:
+def _negated(key: str, names: Names) -> str:
     """The Boolean key that `no_KEY` turns off, or ''."""
     positive = key.removeprefix("no_")
-    return positive if positive != key and positive in NAMES and NAMES[positive].type is bool else ""
+    return positive if positive != key and positive in names and names[positive].type is bool else ""
 
 
 def _forms(name: Name) -> str:
     return f"write one of {name.flag}, --no-{name.flag[2:]}, {name.flag} True and {name.flag} False"
 
 
-def _stray(word: str, last: str) -> str:
+def _stray(word: str, last: str, names: Names) -> str:
     """What to say of a word that is neither a flag nor the value of one."""
     key, equals, value = word.partition("=")
     if equals and re.fullmatch(r"[A-Za-z_][\w.-]*", key):
-        name = NAMES.get(key.replace("-", "_"))
+        name = names.get(key.replace("-", "_"))
         known = name is not None and name.key != SECRET
-        form = f"{name.flag if name else '--' + key.replace('_', '-')} {value if known else 'VALUE'}"
-        return f"{key}={value if known else '...'}: write {form}{'' if name else nearest(key, NAMES, flag=True)}"
+        form = f"{name.flag if name else flag(key)} {value if known else 'VALUE'}"
+        return f"{key}={value if known else '...'}: write {form}{'' if name else nearest(key, names, as_flag=True)}"
     if word.lower().endswith((".yml", ".yaml")):
         return f"{word}: write --config {word}"
-    flag = NAMES.get(_negated(last[2:].replace("-", "_")) or last[2:].replace("-", "_"))
-    if flag is not None and flag.type is bool:
-        return f"{last}: {_forms(flag)}"
+    key = last[2:].replace("-", "_")
+    before = names.get(_negated(key, names) or key)
+    if before is not None and before.type is bool:
+        return f"{last}: {_forms(before)}"
     if last:
         return f"{last}: more than one value follows; put quotes around a value with spaces"
     return "the command line begins with a value that belongs to no flag: write --NAME VALUE, see --help for the names"

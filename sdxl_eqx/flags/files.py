@@ -1,5 +1,6 @@
 """The YAML file of `--config`."""
 
+import logging
 import math
 import re
 from pathlib import Path
@@ -7,33 +8,40 @@ from typing import Any
 
 import yaml
 
-from sdxl_eqx.flags.names import LISTS, NAMES, FlagError, Name, nearest, read_as
+from sdxl_eqx.flags.names import LISTS, NAMES, FlagError, Name, Names, nearest, read_as
+
+log = logging.getLogger("sdxl_eqx")
 
 
-def read(file: str | Path) -> dict[str, Any]:
+def read(file: str | Path, names: Names = NAMES, *, elsewhere: Names | None = None) -> dict[str, Any]:
     """The values of a `--config` file by key (`diffusion_scheduler_config.prediction_type` for those of a mapping).
 
     Scalars are read from their text as the field's type wants them: `4e-7` is a number although YAML 1.1 calls it a
-    string, and a run named `007` keeps its zeros.
+    string, and a run named `007` keeps its zeros. Names that have a meaning `elsewhere` are passed over and said.
 
     Raises:
         FlagError: with the file, the key and its value, the rule and the remedy.
     """
     root = _compose(file)
     values: dict[str, Any] = {}
+    others = []
     for key, node in _items(file, root, ""):
-        if key in NAMES:
-            values[key] = _value(file, NAMES[key], node)
-        elif any(name.startswith(key + ".") for name in NAMES):
+        if key in names:
+            values[key] = _value(file, names[key], node)
+        elif any(name.startswith(key + ".") for name in names):
             if isinstance(node, yaml.MappingNode):
                 for inner, inner_node in _items(file, node, key + "."):
-                    if inner not in NAMES:
-                        raise FlagError(f"{file}: {inner}: no such key{nearest(inner, NAMES)}")
-                    values[inner] = _value(file, NAMES[inner], inner_node)
+                    if inner not in names:
+                        raise FlagError(f"{file}: {inner}: no such key{nearest(inner, names)}")
+                    values[inner] = _value(file, names[inner], inner_node)
             elif not _is_null(node):
                 raise FlagError(f"{file}: {key}: {_shown(node)}: must be a mapping, as `{key}: {{name: value}}`")
+        elif elsewhere is not None and any(name == key or name.startswith(key + ".") for name in elsewhere):
+            others.append(key)
         else:
-            raise FlagError(f"{file}: {key}: no such key{nearest(key, NAMES)}")
+            raise FlagError(f"{file}: {key}: no such key{nearest(key, names)}")
+    if others:
+        log.info("%s: of no meaning here: %s", file, ", ".join(others))
     return values
 
 

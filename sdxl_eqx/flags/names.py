@@ -4,12 +4,13 @@ import dataclasses
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
-from sdxl_eqx.config import TrainConfig, groups, is_flat
-from sdxl_eqx.config.groups import Axes, AxisRules
+from sdxl_eqx.config import GenerateConfig, TrainConfig, flag, groups, is_flat
+from sdxl_eqx.config.generate import Pair, Span
+from sdxl_eqx.config.shared import Axes, AxisRules, Bools, Floats, Texts
 
 SECRET = "hf_access_token"
 """The key whose value no message shows."""
@@ -21,7 +22,7 @@ class FlagError(ValueError):
 
 @dataclass(frozen=True)
 class Name:
-    """A published name: where its value lies in TrainConfig and of which type it is."""
+    """A published name: where its value lies in a config and of which type it is."""
 
     group: str
     field: str
@@ -35,37 +36,52 @@ class Name:
     @property
     def flag(self) -> str:
         """The name on the command line."""
-        return "--" + self.key.replace("_", "-")
+        return flag(self.key)
 
 
-NAMES = {
-    name.key: name
-    for group, value in groups(TrainConfig()).items()
-    for field, type_ in get_type_hints(type(value)).items()
-    for name in [Name(group, field, type_)]
-}
-"""Every published name by its key."""
+Names = Mapping[str, Name]
+"""Every name of a script by its key."""
 
 
-def merge(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
+def names_of(config: Any) -> Names:
+    """The names of a config."""
+    return {
+        name.key: name
+        for group, value in groups(config).items()
+        for field, type_ in get_type_hints(type(value)).items()
+        for name in [Name(group, field, type_)]
+    }
+
+
+NAMES = names_of(TrainConfig())
+"""Those of `scripts/train.py`."""
+
+GENERATE_NAMES = names_of(GenerateConfig())
+"""Those of `scripts/generate.py`."""
+
+C = TypeVar("C", TrainConfig, GenerateConfig)
+
+
+def merge(config: C, values: Mapping[str, Any]) -> C:
     """`config` with the values of some keys replaced; of logical_axis_rules, those of the names given.
 
     Epochs without steps mean max_train_steps -1 (from epochs).
     """
     if "num_train_epochs" in values and "max_train_steps" not in values:
         values = {**values, "max_train_steps": -1}
+    names = NAMES if isinstance(config, TrainConfig) else GENERATE_NAMES
     changed: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
         if key == "logical_axis_rules":
             value = tuple((dict(config.parallel.logical_axis_rules) | dict(value)).items())
-        changed.setdefault(NAMES[key].group, {})[NAMES[key].field] = value
+        changed.setdefault(names[key].group, {})[names[key].field] = value
     parts = groups(config)
     return dataclasses.replace(
         config, **{name: dataclasses.replace(parts[name], **new) for name, new in changed.items()}
     )
 
 
-def nearest(key: str, known: Iterable[str], *, flag: bool = False) -> str:
+def nearest(key: str, known: Iterable[str], *, as_flag: bool = False) -> str:
     """`; did you mean ...?` with the nearest known name, found by the whole name or by its last part."""
     wanted = key.replace("-", "_").lower()
     full = {part: name for name in known for part in (name.rpartition(".")[2], name)}
@@ -73,7 +89,7 @@ def nearest(key: str, known: Iterable[str], *, flag: bool = False) -> str:
     if not close:
         return "; --help lists all"
     name = full[close[0]]
-    return f"; did you mean {'--' + name.replace('_', '-') if flag else name}?"
+    return f"; did you mean {flag(name) if as_flag else name}?"
 
 
 def read_as(name: Name, text: str) -> Any:
@@ -147,11 +163,41 @@ def _texts(values: Sequence[Any]) -> Axes:
     return tuple(values)
 
 
+def _some(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """What reads a list, or one value as a list of it; nothing is None."""
+
+    def list_of(text: str) -> Any:
+        if _is_none(text):
+            return None
+        found = yaml.load(text, yaml.BaseLoader) if text.lstrip().startswith("[") else [text]
+        return tuple(read(part) for part in _texts(found)) or None
+
+    return list_of
+
+
+def _pair(text: str) -> Pair:
+    """Two whole numbers, also as 1024x768."""
+    if _is_none(text):
+        return None
+    first, second = text.split("x") if "x" in text else _texts(yaml.load(text, yaml.BaseLoader))
+    return _whole(first), _whole(second)
+
+
+def _span(text: str) -> Span:
+    first, second = _texts(yaml.load(text, yaml.BaseLoader))
+    return float(first), float(second)
+
+
 LISTS = {
     Axes: Reader(_axes, "a list of axes, as [data, fsdp]", "YAML"),
     AxisRules: Reader(
         _axis_rules, "a list of [NAME, AXIS or [AXES]], as [[embed, [data, fsdp]], [heads, null]]", "YAML"
     ),
+    Texts: Reader(_some(str), "a text, or a list of them, as [a, b]", "STR [STR ...]"),
+    Floats: Reader(_some(float), "a number, or a list of them, as [0.8, 0.5]", "FLOAT [FLOAT ...]"),
+    Bools: Reader(_some(_truth), "true or false, or a list of them, as [true, false]", "BOOL [BOOL ...]"),
+    Pair: Reader(_pair, "two whole numbers, as [1024, 768] or 1024x768, or none", "INT INT"),
+    Span: Reader(_span, "two numbers, as [0, 0.8]", "FLOAT FLOAT"),
 }
 """How the types that are lists in YAML are read from its inline form."""
 

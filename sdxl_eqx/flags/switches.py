@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from sdxl_eqx.config import FlashBlockSizes, TrainConfig
-from sdxl_eqx.flags.names import NAMES, FlagError
+from sdxl_eqx.config import FlashBlockSizes, GenerateConfig, TrainConfig
+from sdxl_eqx.flags.names import GENERATE_NAMES, NAMES, FlagError
 
 log = logging.getLogger("sdxl_eqx")
 
@@ -16,23 +16,22 @@ class Switch:
     """`keys` have an effect only where `is_on` holds; `remedy` names the switch."""
 
     keys: tuple[str, ...]
-    is_on: Callable[[TrainConfig], bool]
+    is_on: Callable[[Any], bool]
     remedy: str
     off_asks: bool = False
     """Whether a Boolean turned off asks for something too."""
 
 
-def _may_be_flash(config: TrainConfig) -> bool:
+def _may_be_flash(config: TrainConfig | GenerateConfig) -> bool:
     return config.attention.attention in ("flash", "auto")
 
 
-def _has_context(config: TrainConfig) -> bool:
+def _has_context(config: TrainConfig | GenerateConfig) -> bool:
     return (config.parallel.ici_context_parallelism, config.parallel.dcn_context_parallelism) != (1, 1)
 
 
 FLASH = "choose --attention flash or auto"
-SWITCHES = (
-    Switch(("output_dir",), lambda c: not c.run.base_output_directory, "leave --base-output-directory empty"),
+SHARED = (
     Switch(
         ("revision",),
         lambda c: not c.model.pretrained_model_name_or_path.startswith("asset:"),
@@ -45,6 +44,12 @@ SWITCHES = (
     ),
     Switch(("mask_padding_tokens",), _may_be_flash, FLASH, off_asks=True),
     Switch(("attention_sharding_uniform",), _has_context, "set --ici-context-parallelism", off_asks=True),
+)
+"""Of training and generation."""
+
+SWITCHES = (
+    *SHARED,
+    Switch(("output_dir",), lambda c: not c.run.base_output_directory, "leave --base-output-directory empty"),
     Switch(("compile_topology_num_slices",), lambda c: bool(c.parallel.compile_topology), "name a --compile-topology"),
     Switch(("unet_checkpoint",), lambda c: not c.model.train_new_unet, "leave --train-new-unet out"),
     Switch(
@@ -97,34 +102,89 @@ SWITCHES = (
     Switch(("keep_tokens",), lambda c: c.data.caption_shuffle, "add --caption-shuffle"),
     Switch(("metrics_file",), lambda c: c.metrics.write_metrics, "add --write-metrics"),
     Switch(
-        ("guidance_scale", "negative_prompt"),
+        ("guidance_scale", "guidance_rescale", "negative_prompt"),
         lambda c: c.sample.do_classifier_free_guidance,
         "add --do-classifier-free-guidance",
     ),
     Switch(("prompt", "sample_every"), lambda c: c.sample.samples_per_grid > 0, "set --samples-per-grid above 0"),
     Switch(
-        ("guidance_scale", "negative_prompt", "do_classifier_free_guidance", "num_inference_steps"),
+        (
+            "guidance_scale",
+            "guidance_rescale",
+            "negative_prompt",
+            "do_classifier_free_guidance",
+            "num_inference_steps",
+        ),
         lambda c: c.sample.samples_per_grid > 0 or c.sample.caption_retrieval > 0,
         "set --samples-per-grid or --caption-retrieval above 0",
     ),
 )
 
 
-def check(config: TrainConfig, file: str, values: Mapping[str, Any], flags: Mapping[str, Any]) -> None:
+GENERATE_SWITCHES = (
+    *SHARED,
+    Switch(
+        (
+            "guidance_scale",
+            "guidance_rescale",
+            "guidance_interval",
+            "negative_prompt",
+            "negative_prompt_2",
+            "negative_original_size",
+            "negative_crops_coords_top_left",
+            "negative_target_size",
+            "negative_aesthetic_score",
+        ),
+        lambda c: c.picture.do_classifier_free_guidance,
+        "add --do-classifier-free-guidance",
+    ),
+    Switch(("prompt",), lambda c: not c.picture.prompts_file, "leave --prompts-file out"),
+    Switch(("strength", "mask_image"), lambda c: bool(c.picture.image), "give a picture with --image"),
+    Switch(
+        ("refiner_fraction", "aesthetic_score", "negative_aesthetic_score"),
+        lambda c: bool(c.picture.refiner_model_name_or_path),
+        "name a --refiner-model-name-or-path",
+    ),
+    Switch(
+        (
+            "controlnet_from_pt",
+            "controlnet_conditioning_scale",
+            "control_guidance_start",
+            "control_guidance_end",
+            "controlnet_canny",
+        ),
+        lambda c: bool(c.loaded.controlnet_model_name_or_path),
+        "name a --controlnet-model-name-or-path",
+    ),
+    Switch(("canny_low", "canny_high"), lambda c: c.picture.controlnet_canny, "add --controlnet-canny"),
+    Switch(("lightning_ckpt", "lightning_from_pt"), lambda c: bool(c.loaded.lightning_repo), "name a --lightning-repo"),
+    Switch(
+        ("lora_config.weight_name", "lora_config.adapter_name", "lora_config.scale", "lora_config.from_pt"),
+        lambda c: bool(c.lora_config.lora_model_name_or_path),
+        "name LoRAs with --lora-config.lora-model-name-or-path",
+    ),
+)
+"""Of generation."""
+
+
+def check(config: TrainConfig | GenerateConfig, file: str, values: Mapping[str, Any], flags: Mapping[str, Any]) -> None:
     """Check the whole config, then what has its switch off: for a flag an error, for a key of the file a log line."""
     try:
         config.check()
     except ValueError as error:
         key = str(error).split()[0].removeprefix("--").replace("-", "_")
         raise FlagError(f"{error} (from {file})" if key in values.keys() - flags.keys() else str(error)) from None
-    if {"max_train_steps", "num_train_epochs"} <= flags.keys() and config.optim.max_train_steps != -1:
-        log.warning("--num-train-epochs has no effect: --max-train-steps is given too, and steps win")
-    defaults = TrainConfig()
-    for switch in SWITCHES:
+    if isinstance(config, TrainConfig):
+        if {"max_train_steps", "num_train_epochs"} <= flags.keys() and config.optim.max_train_steps != -1:
+            log.warning("--num-train-epochs has no effect: --max-train-steps is given too, and steps win")
+        defaults, names, switches = TrainConfig(), NAMES, SWITCHES
+    else:
+        defaults, names, switches = GenerateConfig(), GENERATE_NAMES, GENERATE_SWITCHES
+    for switch in switches:
         if switch.is_on(config):
             continue
         for key in switch.keys:
-            name = NAMES[key]
+            name = names[key]
             asked = flags.get(key)
             if asked is not None and (switch.off_asks or asked is not False):
                 raise FlagError(f"{name.flag} {asked!r} has no effect here: {switch.remedy}, or leave it out")

@@ -8,10 +8,10 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sdxl_eqx.config import ParallelConfig
+from sdxl_eqx.config import MeshConfig
 
 
-def make_mesh(config: ParallelConfig, devices: Sequence[Any]) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any]) -> Mesh:
     """A mesh of the axes data, fsdp, context and tensor over all devices.
 
     The ici_ sizes are of the fast network inside a slice (a TPU slice; the GPUs of a host), the dcn_ sizes over
@@ -44,7 +44,7 @@ def describe(mesh: Mesh) -> str:
     return f"{mesh.size} {mesh.devices.flat[0].platform}{f' ({axes})' if axes else ''}"
 
 
-def _sizes(config: ParallelConfig, network: str, count: int, what: str) -> tuple[int, ...]:
+def _sizes(config: MeshConfig, network: str, count: int, what: str) -> tuple[int, ...]:
     """The sizes of the axes on one of the networks."""
     sizes = {axis: getattr(config, f"{network}_{axis}_parallelism") for axis in config.mesh_axes}
     flags = ", ".join(f"--{network}-{axis}-parallelism {size}" for axis, size in sizes.items() if size != 1)

@@ -16,6 +16,7 @@ from sdxl_eqx.config import TrainConfig
 from sdxl_eqx.data.tokenizer import LENGTH
 from sdxl_eqx.loading import ModelParts, ModelShapes
 from sdxl_eqx.parallel import topologies
+from sdxl_eqx.parallel.begin import configure_jax
 from sdxl_eqx.parallel.collectives import collectives, sent
 from sdxl_eqx.parallel.compiler_flags import set_compiler_flags
 from sdxl_eqx.parallel.mesh import describe, make_mesh
@@ -24,7 +25,6 @@ from sdxl_eqx.training.flops import recompute_ratio, training_flops, unet_traini
 from sdxl_eqx.training.memory import Encoding, step_bytes
 from sdxl_eqx.training.optimizer import learning_rate, make_optimizer
 from sdxl_eqx.training.program import Program
-from sdxl_eqx.training.setup import configure_jax
 
 log = logging.getLogger("sdxl_eqx")
 
@@ -86,7 +86,7 @@ def begin_without_devices(config: TrainConfig) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"  # for processes that are asked about flags; this one has read it
     jax.config.update("jax_platforms", "cpu")
     set_compiler_flags(chip.hardware, ahead=True)
-    configure_jax(config)
+    configure_jax(config.run, config.model.precision)
     jax.config.update("jax_enable_compilation_cache", False)  # what it takes to compile is part of the answer
 
 

@@ -11,14 +11,14 @@ from sdxl_eqx.config import TrainConfig
 from sdxl_eqx.data.bad import BadItems
 from sdxl_eqx.data.sources.latents import LatentRecords
 from sdxl_eqx.parallel import hosts
+from sdxl_eqx.parallel.begin import configure_jax
+from sdxl_eqx.parallel.computing import encoding_compute
 from sdxl_eqx.parallel.devices import choose_hardware
 from sdxl_eqx.parallel.mesh import describe, make_mesh
 from sdxl_eqx.parallel.specs import Layout
-from sdxl_eqx.training.computing import encoding_compute
 from sdxl_eqx.training.encoding import Encoding
 from sdxl_eqx.training.inputs import read_data_and_model
 from sdxl_eqx.training.looking import look_at
-from sdxl_eqx.training.setup import configure_jax
 
 log = logging.getLogger("sdxl_eqx")
 
@@ -48,7 +48,7 @@ def cache_dataset(config: TrainConfig) -> CacheSummary:
         raise ValueError("--dataset-save-location: name the folder of the cache, and give the same to train.py.")
     if not data.cache_latents_text_encoder_outputs:
         raise ValueError("--no-cache-latents-text-encoder-outputs: there is nothing to cache then; leave it out.")
-    configure_jax(config)
+    configure_jax(config.run, config.model.precision)
     layout = Layout(make_mesh(config.parallel, choose_hardware(config.run.hardware)))
     source, parts = hosts.together(partial(read_data_and_model, config))
     if isinstance(source, LatentRecords):

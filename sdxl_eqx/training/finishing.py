@@ -15,6 +15,7 @@ from sdxl_eqx.data.sources.latents import LatentRecords
 from sdxl_eqx.data.tokenizer import save_tokenizers
 from sdxl_eqx.models.sdxl import SDXL, cast
 from sdxl_eqx.parallel import hosts
+from sdxl_eqx.sampling.grid import grid
 from sdxl_eqx.training.errors import RunError
 from sdxl_eqx.training.metrics import MetricsWriter
 from sdxl_eqx.training.setup import Run
@@ -22,7 +23,6 @@ from sdxl_eqx.training.showing import (
     caption_retrieval,
     draw_captions,
     first_captions,
-    grid,
     sample_prompts,
     save_pictures,
 )

@@ -23,9 +23,10 @@ from sdxl_eqx.loading import ModelShapes
 from sdxl_eqx.models.sdxl import Encoders, cast
 from sdxl_eqx.models.unet import UNet
 from sdxl_eqx.nn.compute import Compute
+from sdxl_eqx.parallel.computing import encoding_compute
 from sdxl_eqx.parallel.mesh import batch_sharding, global_batch_size, make_mesh
 from sdxl_eqx.parallel.specs import Layout
-from sdxl_eqx.training.computing import encoding_compute, unet_compute
+from sdxl_eqx.training.computing import unet_compute
 from sdxl_eqx.training.memory import Encoding
 from sdxl_eqx.training.state import TrainState, new_state
 from sdxl_eqx.training.step import StepConfig, train_step

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable
 
 from sdxl_eqx.config import TrainConfig
-from sdxl_eqx.config.groups import MESH_AXES
+from sdxl_eqx.config.shared import MESH_AXES
 from sdxl_eqx.training.ahead import DoesNotFit, Report, Target
 from sdxl_eqx.training.memory import BY_RECOMPUTATION
 

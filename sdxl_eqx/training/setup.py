@@ -20,7 +20,7 @@ from sdxl_eqx.data.sources.latents import LatentRecords
 from sdxl_eqx.loading import ModelParts
 from sdxl_eqx.models.sdxl import Encoders
 from sdxl_eqx.parallel import hosts
-from sdxl_eqx.parallel.compiler_flags import set_compiler_flags
+from sdxl_eqx.parallel.begin import configure_jax
 from sdxl_eqx.parallel.devices import choose_hardware, memory
 from sdxl_eqx.parallel.mesh import describe
 from sdxl_eqx.parallel.specs import ACTIVATIONS, WEIGHTS, Layout
@@ -83,18 +83,6 @@ class Finished:
     step: int
 
 
-def begin_jax(config: TrainConfig) -> None:
-    """What must come before JAX finds its devices: the compilers' flags, and the other processes of a run.
-
-    Raises:
-        ValueError: where other processes are expected and do not come.
-    """
-    set_compiler_flags(config.run.hardware)
-    hosts.start(skip=config.run.skip_jax_distributed_system, hardware=config.run.hardware)
-    if not hosts.is_first():
-        log.setLevel(logging.WARNING)  # the first process speaks for all
-
-
 def prepare(config: TrainConfig) -> Run | Finished:
     """Read and check all input, lay the model out on the devices, and find where the run goes on.
 
@@ -105,7 +93,7 @@ def prepare(config: TrainConfig) -> Run | Finished:
         ValueError: for anything wrong with the input, before anything is compiled but what fills random weights; where
             the model alone does not fit the devices.
     """
-    configure_jax(config)
+    configure_jax(config.run, config.model.precision)
     plan = hosts.together(partial(_Plan.make, config))
     _check_same_everywhere(plan)
     name = hosts.agree(config.run.run_name or new_name())
@@ -229,14 +217,6 @@ def _replica_axis(config: TrainConfig, layout: Layout) -> str | None:
     return "data"
 
 
-def configure_jax(config: TrainConfig) -> None:
-    """JAX's global settings: matrix precision and the persistent compile cache."""
-    precision = {"DEFAULT": None, "HIGH": "high", "HIGHEST": "highest"}[config.model.precision]
-    jax.config.update("jax_default_matmul_precision", precision)
-    cache = config.run.jax_cache_dir or str(Path.home() / ".cache" / "sdxl_eqx" / "jax")
-    jax.config.update("jax_compilation_cache_dir", None if cache == "none" else cache)
-
-
 def _check_same_model(saved: Saved, parts: ModelParts, folder: RunFolder) -> None:
     now = parts.unet.to_json()
     different = [key for key in now if saved.unet.get(key) != now[key]]
@@ -254,6 +234,7 @@ BEGUN_WITH = (
     "moments_dtype",
     "new_text_encoders",
     "diffusion_scheduler_config.prediction_type",
+    "diffusion_scheduler_config.rescale_zero_terminal_snr",
 )
 """Flags that a run keeps to its end: with others, its weights would be trained on towards something else."""
 

@@ -17,7 +17,10 @@ from sdxl_eqx.data.sources.latents import LatentRecords
 from sdxl_eqx.data.transforms import draw_crop, resize_and_crop
 from sdxl_eqx.models.unet import UNet
 from sdxl_eqx.parallel.specs import put
-from sdxl_eqx.sampling.pipeline import SamplerConfig, generate
+from sdxl_eqx.sampling.conditioning import Prompt
+from sdxl_eqx.sampling.drawing import Drawing
+from sdxl_eqx.sampling.pipeline import Manner, Models, generate
+from sdxl_eqx.sampling.schedulers.scheduler import Scheduler
 from sdxl_eqx.training.setup import Run
 
 log = logging.getLogger("sdxl_eqx")
@@ -27,34 +30,26 @@ def draw_captions(run: Run, unet: UNet, captions: Sequence[str]) -> np.ndarray:
     """Pictures `[n, H, W, 3]` of captions, with seeds 0, 1, 2 and on, at most a training batch at a time."""
     sample = run.config.sample
     resolution = run.config.data.resolution
-    config = SamplerConfig(
-        schedule=run.parts.schedule,
+    manner = Manner(
         steps=sample.num_inference_steps,
         guidance_scale=sample.guidance_scale if sample.do_classifier_free_guidance else 1.0,
-        dtype=run.program.dtype,
-        compute=run.program.compute,
-        decoding=run.program.encoding,
-        layout=run.layout if run.mesh.size > 1 else None,
+        guidance_rescale=sample.guidance_rescale,
+    )
+    drawing = Drawing(
+        run.program.dtype, run.program.compute, run.program.encoding, run.layout if run.mesh.size > 1 else None
     )
     encoders = jax.tree.map(put, run.encoders, run.layout.shardings(run.encoders))
-    shares = run.layout.size(run.layout.batch)
-    size = min(-(-len(captions) // shares) * shares, run.batch_size)
+    tokenize = partial(run.parts.tokenize, chunks=run.config.data.caption_chunks)
+    # As the export says it: with dropout the model has learned the encoded empty prompt.
+    zeros = run.config.data.caption_dropout == 0
+    models = Models(unet, encoders, tokenize, Scheduler.from_json(run.parts.scheduler), zeros_for_absent=zeros)
+    size = min(-(-len(captions) // drawing.shares) * drawing.shares, run.batch_size)
     batches = []
     for at in range(0, len(captions), size):
         # The last batch is filled up, so that one program serves all.
-        prompts = [captions[min(i, len(captions) - 1)] for i in range(at, at + size)]
-        batches.append(
-            generate(
-                unet,
-                encoders,
-                partial(run.parts.tokenize, chunks=run.config.data.caption_chunks),
-                prompts,
-                range(at, at + size),
-                size=(resolution, resolution),
-                config=config,
-                negative_prompt=sample.negative_prompt,
-            )
-        )
+        chosen = [captions[min(i, len(captions) - 1)] for i in range(at, at + size)]
+        prompts = [Prompt(caption, sample.negative_prompt or None) for caption in chosen]
+        batches.append(generate(models, prompts, range(at, at + size), (resolution, resolution), manner, drawing))
     return np.concatenate(batches)[: len(captions)]
 
 
@@ -76,18 +71,6 @@ def first_captions(source: Source, n: int) -> list[str]:
             log.warning("%s", error)
             captions.append("")
     return captions
-
-
-def grid(pictures: np.ndarray) -> Image.Image:
-    """Pictures `[n, H, W, 3]` side by side, in rows as nearly square as can be."""
-    n, h, w, _ = pictures.shape
-    columns = int(np.ceil(np.sqrt(n)))
-    rows = int(np.ceil(n / columns))
-    sheet = np.full((rows * h, columns * w, 3), 255, np.uint8)
-    for i, picture in enumerate(pictures):
-        y, x = i // columns * h, i % columns * w
-        sheet[y : y + h, x : x + w] = picture
-    return Image.fromarray(sheet)
 
 
 def caption_retrieval(pictures: np.ndarray, source: Source, resolution: int) -> float:

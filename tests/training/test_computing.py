@@ -9,7 +9,14 @@ import jax.random as jr
 import pytest
 from tiny_step import UNET
 
-from sdxl_eqx.config import AttentionConfig, DataConfig, DiffusionSchedulerConfig, ModelConfig, ParallelConfig, TrainConfig
+from sdxl_eqx.config import (
+    AttentionConfig,
+    DataConfig,
+    DiffusionSchedulerConfig,
+    ModelConfig,
+    ParallelConfig,
+    TrainConfig,
+)
 from sdxl_eqx.kernels.attention import dot_product
 from sdxl_eqx.kernels.choose import Folded, FromLength
 from sdxl_eqx.kernels.flash import Flash
@@ -17,10 +24,11 @@ from sdxl_eqx.kernels.sharded import Sharded
 from sdxl_eqx.loading import ModelParts
 from sdxl_eqx.models.unet import UNet
 from sdxl_eqx.nn.compute import Compute
+from sdxl_eqx.parallel.computing import encoding_compute
 from sdxl_eqx.parallel.mesh import make_mesh
 from sdxl_eqx.parallel.specs import Layout
 from sdxl_eqx.training import computing
-from sdxl_eqx.training.computing import encoding_compute, unet_compute
+from sdxl_eqx.training.computing import unet_compute
 from sdxl_eqx.training.memory import BY_RECOMPUTATION, NONE, Encoding, kept_bytes, step_bytes
 
 

@@ -14,9 +14,10 @@ from tiny_step import QUICK, UNET, begin, function, step_config, words
 
 from sdxl_eqx.config import ModelConfig, ParallelConfig, TrainConfig
 from sdxl_eqx.parallel import specs
+from sdxl_eqx.parallel.computing import encoding_compute
 from sdxl_eqx.parallel.mesh import batch_sharding, make_mesh
 from sdxl_eqx.parallel.specs import Layout
-from sdxl_eqx.training.computing import encoding_compute, unet_compute
+from sdxl_eqx.training.computing import unet_compute
 from sdxl_eqx.training.step import StepConfig, encode
 
 

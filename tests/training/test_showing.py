@@ -6,7 +6,7 @@ from PIL import Image
 
 from sdxl_eqx.config import SampleConfig
 from sdxl_eqx.data.sources.folder import ImageFolder
-from sdxl_eqx.training.showing import caption_retrieval, grid, sample_prompts, save_pictures
+from sdxl_eqx.training.showing import caption_retrieval, sample_prompts, save_pictures
 
 COLORS = ((200, 0, 0), (0, 200, 0), (0, 0, 200), (90, 90, 90))
 
@@ -41,16 +41,6 @@ def test_retrieval_is_the_share_of_captions_whose_nearest_picture_is_their_own(c
 def test_an_unreadable_picture_is_nobodys_nearest_and_shifts_no_other(source, tmp_path):
     (tmp_path / "1.png").write_bytes(b"no picture")
     assert caption_retrieval(drawn(*COLORS[:3]), source, 8) == pytest.approx(2 / 3)
-
-
-def test_pictures_stand_in_rows_from_the_left(source):
-    sheet = np.asarray(grid(drawn(*COLORS, (1, 2, 3))))
-    assert sheet.shape == (16, 24, 3)
-    places = [(0, 0), (0, 8), (0, 16), (8, 0), (8, 8)]
-    for (y, x), color in zip(places, [*COLORS, (1, 2, 3)], strict=True):
-        assert (sheet[y : y + 8, x : x + 8] == color).all()
-    assert (sheet[8:, 16:] == 255).all()
-    assert np.asarray(grid(drawn(COLORS[0]))).shape == (8, 8, 3)
 
 
 def test_prompts_are_the_prompt_or_the_first_captions_in_turn(source):

@@ -25,6 +25,8 @@ from sdxl_eqx.models.vae import VAE
 from sdxl_eqx.parallel.mesh import make_mesh
 from sdxl_eqx.parallel.specs import Layout
 from sdxl_eqx.sampling import pipeline as ours
+from sdxl_eqx.sampling.conditioning import Prompt, encode_text
+from sdxl_eqx.sampling.schedulers.scheduler import Scheduler
 from sdxl_eqx.weights.folder import write_folder
 from sdxl_eqx.weights.read import clip_key, weight_files
 from sdxl_eqx.weights.write import model_of
@@ -122,12 +124,12 @@ def test_latents_and_pictures_are_those_of_their_pipeline(
     def tokens(prompts: Any) -> tuple[np.ndarray, np.ndarray]:
         return tokenize(tokenizers[0], prompts)[0], tokenize(tokenizers[1], prompts)[0]
 
-    config = tiny.sampler_config(8, guidance_scale)
-    cond, uncond = (ours.condition(model.encoders, tokens, prompts, SIZE, config) for prompts in (PROMPTS, NEGATIVES))
-    latents = ours.denoise(model.unet, noise, cond, uncond, config=config)
+    models = ours.Models(model.unet, model.encoders, tokens, Scheduler())
+    prompts = [Prompt(prompt, negative) for prompt, negative in zip(PROMPTS, NEGATIVES, strict=True)]
+    latents = ours.draw_latents(models, prompts, [1, 2], SIZE, ours.Manner(8, guidance_scale), tiny.DRAWING)
     tiny.assert_close(latents, wanted, 1e-3)
     picture = np.clip(pixels * 127.5 + 127.5, 0, 255)
-    decoded, finite = ours.decode(model.encoders.vae, latents, config=config)
+    decoded, finite = ours.decode(model.encoders.vae, latents, drawing=tiny.DRAWING)
     assert finite and np.abs(np.asarray(decoded, np.float32) - picture).max() <= 2
 
 
@@ -135,9 +137,7 @@ def test_an_empty_negative_prompt_is_encoded_and_theirs_is_too(model: SDXL, toke
     with theirs.torch.no_grad(), theirs.their_warnings_are_theirs():
         _, negative, _, pooled = pipe.encode_prompt("a cat", negative_prompt="", do_classifier_free_guidance=True)
     ids = (tokenize(tokenizer, [""])[0] for tokenizer in tokenizers)
-    own, own_pooled = ours.encode_text(
-        model.encoders, *(jnp.asarray(i) for i in ids), config=tiny.sampler_config(8, 1.0)
-    )
+    own, own_pooled = encode_text(model.encoders, *(jnp.asarray(i) for i in ids), drawing=tiny.DRAWING)
     tiny.assert_close(own, negative.numpy(), 1e-4)
     tiny.assert_close(own_pooled, pooled.numpy(), 1e-4)
 
