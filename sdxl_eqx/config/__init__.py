@@ -5,12 +5,14 @@ from sdxl_eqx.config.groups import (
     AttentionConfig,
     CheckpointConfig,
     DataConfig,
+    LossConfig,
     MetricsConfig,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
     RunConfig,
     SampleConfig,
+    TimestepBiasConfig,
 )
 from sdxl_eqx.config.report import ReportConfig
 from sdxl_eqx.config.rules import flag, flat, groups, is_flat, to_yaml
@@ -25,7 +27,7 @@ from sdxl_eqx.config.shared import (
     ModelSourceConfig,
     PromptConfig,
 )
-from sdxl_eqx.config.train import TINY, TrainConfig
+from sdxl_eqx.config.train import TINY, TrainConfig, step_rules
 
 __all__ = [
     "TINY",
@@ -39,6 +41,7 @@ __all__ = [
     "GenerateModelConfig",
     "LoadedConfig",
     "LoraConfig",
+    "LossConfig",
     "MachineConfig",
     "MeshConfig",
     "MetricsConfig",
@@ -52,10 +55,12 @@ __all__ = [
     "ReportConfig",
     "RunConfig",
     "SampleConfig",
+    "TimestepBiasConfig",
     "TrainConfig",
     "flag",
     "flat",
     "groups",
     "is_flat",
+    "step_rules",
     "to_yaml",
 ]

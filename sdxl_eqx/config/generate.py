@@ -50,6 +50,8 @@ class GenerateModelConfig(ModelSourceConfig):
 class PictureConfig(PromptConfig):
     """What is drawn, and how closely it follows the prompt."""
 
+    prompt: str = PromptConfig.prompt
+    """What is to be seen."""
     prompt_2: str = ""
     """Prompt of the second text encoder; '' is the same as the first's."""
     negative_prompt_2: str = ""
@@ -173,7 +175,8 @@ def generate_rules(config: GenerateConfig) -> list[Rule]:
         ("guidance_interval", "must be two numbers from 0 to 1, the second not less", 0 <= low <= high <= 1),
         ("eta", "must be from 0 to 1", 0 <= picture.eta <= 1),
         ("strength", "must be above 0 and at most 1, or 0 for the usual one", 0 <= picture.strength <= 1),
-        ("mask_image", "give the picture it belongs to with --image", bool(picture.image) or not picture.mask_image),
+        ("mask_image", "give the picture it belongs to with --image",
+         bool(picture.image or picture.prompts_file) or not picture.mask_image),
         ("refiner_fraction", "must be above 0 and below 1", 0 < picture.refiner_fraction < 1),
         ("aesthetic_score", "must be a finite number", math.isfinite(picture.aesthetic_score)),
         ("negative_aesthetic_score", "must be a finite number", math.isfinite(picture.negative_aesthetic_score)),

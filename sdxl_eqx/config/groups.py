@@ -74,20 +74,31 @@ class OptimConfig:
     """Passes over the data where max_train_steps is -1, which giving this flag alone means."""
     per_device_batch_size: float = 2.0
     """Samples a device and step; the product with the devices must be whole and divide over them."""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """What follows the warm-up: the peak for ever, or a fall to zero at the end of the schedule."""
+    gradient_accumulation_steps: int = 1
+    """An update takes so many times as many samples, one part after the other, in the memory of one."""
+    optimizer: Literal["adamw", "adafactor", "lion", "prodigy", "adamw8bit"] = "adamw"
+    """adamw8bit keeps AdamW's moments in 8 bits; prodigy finds the learning rate, of which learning_rate, best 1, is a
+    factor."""
+    lr_schedule: Literal["constant", "linear", "cosine", "cosine_with_restarts", "rex", "piecewise"] = "constant"
+    """What follows the warm-up: the peak for ever; a fall to zero at the end of the schedule, straight, as a cosine,
+    as lr_num_cycles of them, or slow at first and fast at the end (rex); or the steps of lr_step_rules."""
+    lr_num_cycles: int = 1
+    """Cycles of cosine_with_restarts."""
+    lr_step_rules: str = ""
+    """Of piecewise, as diffusers writes them: 1:1000,0.1:2000,0.01 is the peak up to update 1000, a tenth of it up to
+    2000, then a hundredth."""
     warmup_steps_fraction: float = 0.0
     """Linear warm-up over this fraction of the schedule."""
     learning_rate_schedule_steps: int = -1
     """Length of the schedule in updates; -1 is all steps."""
     adam_b1: float = 0.9
-    """AdamW's decay of the first moment."""
+    """Decay of the first moment (adamw, adamw8bit, lion, prodigy)."""
     adam_b2: float = 0.999
-    """AdamW's decay of the second moment."""
+    """Decay of the second moment (adamw, adamw8bit, prodigy); lion's decay of its only one."""
     adam_eps: float = 1e-8
-    """AdamW's epsilon, outside the root."""
+    """Epsilon outside the root (adamw, adamw8bit, prodigy)."""
     adam_weight_decay: float = 1e-2
-    """Decoupled weight decay, of matrices and convolutions."""
+    """Decoupled weight decay, of matrices and convolutions, of any optimizer."""
     moments_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype in which the optimizer keeps its moments; bfloat16 halves their memory, and the second is rounded
     stochastically so that it does not stand still."""
@@ -105,6 +116,43 @@ class OptimConfig:
     """Decay of an exponential moving average of what is trained; 0 is off. Samples and export use it."""
     ema_every: int = 1
     """Update the average every so many steps."""
+    max_nonfinite_steps: int = 10
+    """A step whose loss or gradient is not finite changes nothing and is counted; more of them in a row end the run."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The loss, and the noise that it is taken at."""
+
+    snr_gamma: float = -1.0
+    """Weigh each timestep by min(SNR, gamma) / SNR (Hang et al. 2023; of velocities by min(SNR, gamma) / (SNR + 1)); 5
+    is usual, -1 is off."""
+    loss_type: Literal["l2", "huber", "smooth_l1"] = "l2"
+    """Of the difference: its square, or one that far outliers pull less on."""
+    huber_c: float = 0.1
+    """Where huber and smooth_l1 turn from a square into a line, at the noisiest timestep."""
+    huber_schedule: Literal["snr", "exponential", "constant"] = "snr"
+    """How that place goes to 1 as the noise goes to nothing (kohya's names)."""
+    noise_offset: float = 0.0
+    """Noise that is the same for all of a picture's channel, in parts of the usual (Guttenberg 2023); 0.05 is usual."""
+    input_perturbation: float = 0.0
+    """More noise in the input than the target says (Ning et al. 2023), in parts of the usual; 0.1 is usual."""
+
+
+@dataclass(frozen=True)
+class TimestepBiasConfig:
+    """Some timesteps drawn more often than others."""
+
+    strategy: Literal["none", "earlier", "later", "range"] = "none"
+    """earlier: the first portion of timesteps, which have least noise; later: the last one; range: begin to end."""
+    multiplier: float = 1.0
+    """How many times as often."""
+    begin: int = 0
+    """First timestep of a range."""
+    end: int = 1000
+    """Last timestep of a range; 1000 is the end."""
+    portion: float = 0.25
+    """Share of the timesteps of earlier and later."""
 
 
 @dataclass(frozen=True)
@@ -210,6 +258,23 @@ class MetricsConfig:
     """One more copy of metrics.jsonl."""
     log_period: int = 100
     """Steps between flushes of TensorBoard, and between lines where there is no terminal for a progress bar."""
+    tracker: Literal["tensorboard", "wandb"] = "tensorboard"
+    """wandb reports to Weights & Biases besides, where it is installed."""
+    gcs_metrics: bool = False
+    """Write metrics.jsonl to base_output_directory on gs:// while training; it is so in any case where the run's folder
+    lies there."""
+    save_config_to_gcs: bool = False
+    """Write config.yaml to base_output_directory on gs://, as gcs_metrics."""
+    write_timing_metrics: bool = False
+    """Write how long loading, compiling and the first step took."""
+    timing_metrics_file: str = ""
+    """File of write_timing_metrics; '' is timing.json in the run's folder."""
+    enable_profiler: bool = False
+    """Record a profile for TensorBoard and xprof."""
+    skip_first_n_steps_for_profiler: int = 5
+    """Steps before it, counted from where the run starts or resumes."""
+    profiler_steps: int = 10
+    """Steps that it takes."""
 
 
 @dataclass(frozen=True)
@@ -218,6 +283,10 @@ class SampleConfig(PromptConfig):
 
     sample_every: int = -1
     """Draw a grid of samples each so many training samples; -1 only at the end."""
+    eval_every: int = -1
+    """Measure the loss on held-out samples each so many training samples; -1 only at the end."""
+    eval_split: str = ""
+    """Split of a Hub's data set, or a fraction of the samples below 1, that is held out; '' holds nothing out."""
     samples_per_grid: int = 4
     """Pictures in a grid; 0 draws none."""
     caption_retrieval: int = 0

@@ -24,7 +24,7 @@ from sdxl_eqx.config.shared import (
 Flat = tyro.conf.OmitArgPrefixes
 """A group whose fields are flags of their own, without the group's name before them."""
 
-NESTED = ("flash_block_sizes", "diffusion_scheduler_config", "lora_config")
+NESTED = ("flash_block_sizes", "diffusion_scheduler_config", "timestep_bias", "lora_config")
 """Groups whose name stands before their fields."""
 
 Rule = tuple[str, str, bool]

@@ -9,12 +9,14 @@ from sdxl_eqx.config.groups import (
     AttentionConfig,
     CheckpointConfig,
     DataConfig,
+    LossConfig,
     MetricsConfig,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
     RunConfig,
     SampleConfig,
+    TimestepBiasConfig,
 )
 from sdxl_eqx.config.rules import (
     Flat,
@@ -41,6 +43,8 @@ class TrainConfig:
     attention: Annotated[AttentionConfig, Flat] = field(default_factory=AttentionConfig)
     flash_block_sizes: FlashBlockSizes = field(default_factory=FlashBlockSizes)
     optim: Annotated[OptimConfig, Flat] = field(default_factory=OptimConfig)
+    loss: Annotated[LossConfig, Flat] = field(default_factory=LossConfig)
+    timestep_bias: TimestepBiasConfig = field(default_factory=TimestepBiasConfig)
     diffusion_scheduler_config: DiffusionSchedulerConfig = field(default_factory=DiffusionSchedulerConfig)
     data: Annotated[DataConfig, Flat] = field(default_factory=DataConfig)
     parallel: Annotated[ParallelConfig, Flat] = field(default_factory=ParallelConfig)
@@ -87,6 +91,16 @@ def rules(config: TrainConfig) -> list[Rule]:
         ("max_grad_norm", "must be a finite number above 0", 0 < optim.max_grad_norm < math.inf),
         ("ema_decay", "must be at least 0 and below 1", 0 <= optim.ema_decay < 1),
         ("ema_every", "must be 1 or more", optim.ema_every >= 1),
+        ("max_nonfinite_steps", "must be 0 or more", optim.max_nonfinite_steps >= 0),
+        ("gradient_accumulation_steps", "must be 1 or more", optim.gradient_accumulation_steps >= 1),
+        ("lr_num_cycles", "must be 1 or more", optim.lr_num_cycles >= 1),
+        (
+            "lr_step_rules",
+            "must be FACTOR:UPDATE,...,FACTOR with updates that grow, as 1:1000,0.1:2000,0.01, where --lr-schedule is "
+            "piecewise",
+            optim.lr_schedule != "piecewise" or step_rules(optim.lr_step_rules) is not None,
+        ),
+        *_loss_rules(config),
         *scheduler_rules(config.diffusion_scheduler_config),
         *_data_rules(data, needs_data=not parallel.compile_topology),
         *mesh_rules(parallel),
@@ -103,11 +117,41 @@ def rules(config: TrainConfig) -> list[Rule]:
         ("checkpoint_every", "must be -1 (at the end) or above 0, in samples", is_whole(checkpoint.checkpoint_every)),
         ("checkpoints_to_keep", "must be 1 or more", checkpoint.checkpoints_to_keep >= 1),
         ("log_period", "must be 1 or more", metrics.log_period >= 1),
+        ("skip_first_n_steps_for_profiler", "must be 0 or more", metrics.skip_first_n_steps_for_profiler >= 0),
+        ("profiler_steps", "must be 1 or more", metrics.profiler_steps >= 1),
         *prompt_rules(sample),
         ("sample_every", "must be -1 (at the end) or above 0, in samples", is_whole(sample.sample_every)),
+        ("eval_every", "must be -1 (at the end) or above 0, in samples", is_whole(sample.eval_every)),
         ("samples_per_grid", "must be 0 or more", sample.samples_per_grid >= 0),
         ("caption_retrieval", "must be 0 or more", sample.caption_retrieval >= 0),
     ]
+
+
+def _loss_rules(config: TrainConfig) -> list[Rule]:
+    loss, bias = config.loss, config.timestep_bias
+    return [
+        ("snr_gamma", "must be -1 (off) or a finite number above 0",
+         loss.snr_gamma == -1 or 0 < loss.snr_gamma < math.inf),
+        ("huber_c", "must be above 0 and at most 1", 0 < loss.huber_c <= 1),
+        ("noise_offset", "must be a finite number, 0 or more", 0 <= loss.noise_offset < math.inf),
+        ("input_perturbation", "must be a finite number, 0 or more", 0 <= loss.input_perturbation < math.inf),
+        ("timestep_bias.multiplier", "must be a finite number above 0", 0 < bias.multiplier < math.inf),
+        ("timestep_bias.begin", "must be 0 or more and below timestep_bias.end", 0 <= bias.begin < bias.end),
+        ("timestep_bias.end", "must be at most 1000", bias.end <= 1000),
+        ("timestep_bias.portion", "must be above 0 and at most 1", 0 < bias.portion <= 1),
+    ]  # fmt: skip
+
+
+def step_rules(text: str) -> list[tuple[float, int]] | None:
+    """Pairs of factor and the update up to which it holds (-1: for ever) of diffusers' step rules; None if wrong."""
+    pairs = [part.partition(":")[::2] for part in text.split(",")]
+    try:
+        found = [(float(factor), int(until)) for factor, until in pairs[:-1]] + [(float(pairs[-1][0]), -1)]
+    except ValueError:
+        return None
+    updates = [until for _, until in found[:-1]]
+    is_right = pairs[-1][1] == "" and updates == sorted(set(updates)) and all(until > 0 for until in updates)
+    return found if is_right and all(0 <= factor < math.inf for factor, _ in found) else None
 
 
 def _data_rules(data: DataConfig, *, needs_data: bool) -> list[Rule]:

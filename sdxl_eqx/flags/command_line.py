@@ -1,6 +1,7 @@
 """The command lines of the scripts: flags over a YAML file over the published defaults, checked once."""
 
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+import yaml
 
 from sdxl_eqx.config import TINY, GenerateConfig, TrainConfig, flag, groups
 from sdxl_eqx.flags.files import read
@@ -172,7 +174,7 @@ def _words(argv: Sequence[str], names: Names) -> tuple[list[str], set[str], str]
                 following = [value]
                 while words and not words[0].startswith("--"):
                     following.append(words.pop(0))
-                value = _inline(tuple(following))
+                value = yaml.safe_dump(following, default_flow_style=True, width=math.inf).strip()
         if name is None:
             if file or not value:
                 raise FlagError("--config: give one YAML file, once; flags win over it")

@@ -57,6 +57,36 @@ SWITCHES = (
         lambda c: c.optim.lr_schedule != "constant" or c.optim.warmup_steps_fraction > 0,
         "choose another --lr-schedule than constant, or set --warmup-steps-fraction",
     ),
+    Switch(
+        ("lr_num_cycles",),
+        lambda c: c.optim.lr_schedule == "cosine_with_restarts",
+        "choose --lr-schedule cosine_with_restarts",
+    ),
+    Switch(("lr_step_rules",), lambda c: c.optim.lr_schedule == "piecewise", "choose --lr-schedule piecewise"),
+    Switch(("adam_b1", "adam_b2"), lambda c: c.optim.optimizer != "adafactor", "choose another --optimizer"),
+    Switch(("adam_eps",), lambda c: c.optim.optimizer not in ("adafactor", "lion"), "choose another --optimizer"),
+    Switch(("moments_dtype",), lambda c: c.optim.optimizer != "adamw8bit", "choose another --optimizer"),
+    Switch(("huber_c", "huber_schedule"), lambda c: c.loss.loss_type != "l2", "choose another --loss-type than l2"),
+    Switch(
+        ("timestep_bias.multiplier",), lambda c: c.timestep_bias.strategy != "none", "choose a --timestep-bias.strategy"
+    ),
+    Switch(
+        ("timestep_bias.begin", "timestep_bias.end"),
+        lambda c: c.timestep_bias.strategy == "range",
+        "choose --timestep-bias.strategy range",
+    ),
+    Switch(
+        ("timestep_bias.portion",),
+        lambda c: c.timestep_bias.strategy in ("earlier", "later"),
+        "choose --timestep-bias.strategy earlier or later",
+    ),
+    Switch(("eval_every",), lambda c: bool(c.sample.eval_split), "hold samples out with --eval-split"),
+    Switch(("timing_metrics_file",), lambda c: c.metrics.write_timing_metrics, "add --write-timing-metrics"),
+    Switch(
+        ("skip_first_n_steps_for_profiler", "profiler_steps"),
+        lambda c: c.metrics.enable_profiler,
+        "add --enable-profiler",
+    ),
     Switch(("decay_all",), lambda c: c.optim.adam_weight_decay > 0, "set --adam-weight-decay above 0"),
     Switch(("max_grad_value",), lambda c: c.optim.opt_enable_grad_clipping, "add --opt-enable-grad-clipping"),
     Switch(
@@ -139,7 +169,9 @@ GENERATE_SWITCHES = (
         "add --do-classifier-free-guidance",
     ),
     Switch(("prompt",), lambda c: not c.picture.prompts_file, "leave --prompts-file out"),
-    Switch(("strength", "mask_image"), lambda c: bool(c.picture.image), "give a picture with --image"),
+    Switch(
+        ("strength",), lambda c: bool(c.picture.image or c.picture.prompts_file), "give a picture with --image"
+    ),
     Switch(
         ("refiner_fraction", "aesthetic_score", "negative_aesthetic_score"),
         lambda c: bool(c.picture.refiner_model_name_or_path),

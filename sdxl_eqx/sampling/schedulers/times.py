@@ -173,8 +173,9 @@ def times(scheduler: Scheduler, steps: int, custom: Sequence[int] = ()) -> Times
         given = scheduler.sigma_max, scheduler.sigma_min
         rounded = rounded_sigmas(scheduler.schedule, alpha_bar)
         at = np.array([len(training) - 1, 0]) if name in SOLVERS else t[[0, -1]]
-        sigma, close = (karras(*_ends(table, at, given), steps) for table in (training, rounded))
-        t = sigma_to_t(close, rounded)
+        ends, close = (_ends(table, at, given) for table in (training, rounded))
+        sigma = karras(ends[0], ends[1], steps)
+        t = sigma_to_t(karras(close[0], close[1], steps), rounded)
         t = t.round() if name in SOLVERS else t
         sigma_min = sigma[-1] if name == "UniPCMultistepScheduler" else sigma_min
     last = sigma_min if scheduler.final_sigmas_type == "sigma_min" else 0.0
