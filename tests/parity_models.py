@@ -15,8 +15,9 @@ import jax.random as jr
 import numpy as np
 from safetensors.numpy import load_file
 
+from sdxl_eqx.config import LossConfig
 from sdxl_eqx.data.tokenizer import bundled_tokenizers, tokenize
-from sdxl_eqx.diffusion.loss import denoising_loss
+from sdxl_eqx.diffusion.loss import Draws, training_loss
 from sdxl_eqx.diffusion.schedule import Schedule, ScheduleConfig
 from sdxl_eqx.models.clip import CLIPText, CLIPTextConfig
 from sdxl_eqx.models.controlnet import ControlNet, ControlNetConfig
@@ -250,7 +251,8 @@ def loss_and_gradient(unet: UNet, schedule: Schedule, inputs: Tensors, compute: 
 
     def loss(model: UNet) -> jax.Array:
         x0, eps, t = (jnp.asarray(inputs[name]) for name in ("x", "eps", "t"))
-        return denoising_loss(model, schedule, x0, eps, t, cond, dtype=jnp.float32, compute=compute)
+        draws = Draws(eps, eps, t)
+        return training_loss(model, schedule, LossConfig(), x0, draws, cond, dtype=jnp.float32, compute=compute)[0]
 
     return jax.value_and_grad(loss)(unet)
 

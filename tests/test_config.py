@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdxl_eqx.config import FlashBlockSizes, TrainConfig, flat, groups, is_flat, to_yaml
-from sdxl_eqx.config.shared import AXIS_RULES
 from sdxl_eqx.config.rules import plain
+from sdxl_eqx.config.shared import AXIS_RULES
 from sdxl_eqx.config.train import rules
 from sdxl_eqx.flags import NAMES, merge
 
@@ -21,8 +21,8 @@ VALID = merge(TrainConfig(), {"train_data_dir": "pictures"})
 
 BAD: dict[str, list[Any]] = {
     "run_name": ["a/b", "..", ".", "a b", "a\\b"],
-    "base_output_directory": ["gs://bucket/runs"],
-    "output_dir": ["gs://bucket/runs"],
+    "base_output_directory": ["s3://bucket/runs", "gs://", "gs:///runs"],
+    "output_dir": ["s3://bucket/runs", "gs://", "gs:///runs"],
     "seed": [-1, 2**32],
     "flash_min_seq_length": [-1],
     "scan_unroll": [0, -1],
@@ -41,6 +41,33 @@ BAD: dict[str, list[Any]] = {
     "max_grad_norm": [0.0, math.inf, math.nan],
     "ema_decay": [-0.1, 1.0, math.nan],
     "ema_every": [0],
+    "max_nonfinite_steps": [-1],
+    "gradient_accumulation_steps": [0, -1],
+    "lr_num_cycles": [0],
+    "lr_step_rules": [
+        "",
+        "0.1:10",
+        "1:10,0.1:20",
+        "1:20,0.1:10,0.01",
+        "1:10,0.1:10,0.01",
+        "1:0,0.1",
+        "-1:10,0.1",
+        "1:10,inf",
+        "1:10,nan",
+        "1:1.5,0.1",
+        "a",
+        "1:b,0.1",
+        "1:10,,0.1",
+        "1:10:20,0.1",
+    ],
+    "snr_gamma": [0.0, -2.0, math.inf, math.nan],
+    "huber_c": [0.0, 1.1, math.nan],
+    "noise_offset": [-0.1, math.inf, math.nan],
+    "input_perturbation": [-0.1, math.inf, math.nan],
+    "timestep_bias.multiplier": [0.0, -1.0, math.inf, math.nan],
+    "timestep_bias.begin": [-1, 1000],
+    "timestep_bias.end": [1001],
+    "timestep_bias.portion": [0.0, 1.1, math.nan],
     "dataset_name": ["someone/pictures"],  # beside VALID's folder
     "train_data_dir": [""],
     "compile_topology_num_slices": [0, -2],
@@ -73,15 +100,26 @@ BAD: dict[str, list[Any]] = {
     "checkpoint_every": [0, -2],
     "checkpoints_to_keep": [0],
     "log_period": [0],
+    "skip_first_n_steps_for_profiler": [-1],
+    "profiler_steps": [0],
     "guidance_scale": [-0.1, math.inf, math.nan],
     "guidance_rescale": [-0.1, 1.1, math.nan],
     "diffusion_scheduler_config._class_name": ["Eulr", "KDPM2DiscreteScheduler"],
+    "diffusion_scheduler_config.algorithm_type": ["dpmsolver++"],  # beside BESIDE's sampler
     "num_inference_steps": [0, 1001],
     "sample_every": [0, -2],
+    "eval_every": [0, -2],
+    "eval_split": ["0", "1", "1.5", "-0.1", "nan", "validation"],
     "samples_per_grid": [-1],
     "caption_retrieval": [-1],
 }
 """Values that each rule must refuse, by key."""
+
+BESIDE: dict[str, dict[str, Any]] = {
+    "lr_step_rules": {"lr_schedule": "piecewise"},
+    "diffusion_scheduler_config.algorithm_type": {"diffusion_scheduler_config._class_name": "DDIM"},
+}
+"""The values beside which a rule refuses."""
 
 GOOD: dict[str, list[Any]] = {
     "run_name": ["", "a", "run-1.2_b"],
@@ -91,6 +129,15 @@ GOOD: dict[str, list[Any]] = {
     "warmup_steps_fraction": [0.0, 1.0],
     "adam_b1": [0.0],
     "ema_decay": [0.999],
+    "max_nonfinite_steps": [0],
+    "lr_step_rules": ["0.5", "1:10,0.1", "1:10,0.1:20,0", "1:1000,0.1:2000,0.01"],
+    "snr_gamma": [-1.0, 5.0],
+    "huber_c": [1.0],
+    "noise_offset": [0.0],
+    "timestep_bias.begin": [999],
+    "timestep_bias.end": [1, 1000],
+    "timestep_bias.portion": [1.0],
+    "eval_split": ["", "0.1"],
     "resolution": [8, 1024],
     "flash_min_seq_length": [0, 4096],
     "flash_block_sizes.block_q": [None, 1],
@@ -114,13 +161,19 @@ def test_the_table_of_bad_values_covers_every_rule():
 def test_a_rule_refuses_a_bad_value_and_names_its_flag_the_value_and_the_rule(key: str, value: Any):
     rule = next(rule for name, rule, _ in rules(VALID) if name == key)
     with pytest.raises(ValueError, match=r"^--") as error:
-        merge(VALID, {key: value}).check()
+        merge(VALID, {**BESIDE.get(key, {}), key: value}).check()
     assert str(error.value) == f"{NAMES[key].flag} {plain(value)!r}: {rule}"
+
+
+def test_prodigy_wants_a_factor_for_its_learning_rate():
+    with pytest.raises(ValueError, match=r"^--learning-rate 4e-07: with --optimizer prodigy .* give 1$"):
+        merge(VALID, {"optimizer": "prodigy"}).check()
+    merge(VALID, {"optimizer": "prodigy", "learning_rate": 1.0}).check()
 
 
 @pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in GOOD.items() for value in values])
 def test_values_at_the_edge_of_a_rule_are_taken(key: str, value: Any):
-    merge(VALID, {key: value}).check()
+    merge(VALID, {**BESIDE.get(key, {}), key: value}).check()
 
 
 def test_the_defaults_are_complete_but_for_the_data():

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sdxl_eqx.config import DiffusionSchedulerConfig, FlashBlockSizes, TrainConfig, flat, groups, to_yaml
-from sdxl_eqx.config.shared import AXIS_RULES, MESH_AXES, Axes, AxisRules
 from sdxl_eqx.config.rules import plain
+from sdxl_eqx.config.shared import AXIS_RULES, MESH_AXES, Axes, AxisRules
 from sdxl_eqx.flags import NAMES, SWITCHES, FlagError, command_line, merge, parse, read, switches
 
 DATA = ["--train-data-dir", "pictures"]
@@ -94,8 +94,14 @@ def test_with_any_argument_the_published_defaults_hold():
 def example(key: str) -> Any:
     """A valid value of a name that is not its default."""
     kind, default = NAMES[key].type, value(TrainConfig(), key)
-    if key == "diffusion_scheduler_config._class_name":
-        return "FlaxDDIMScheduler"
+    named = {
+        "diffusion_scheduler_config._class_name": "FlaxDDIMScheduler",
+        "lr_step_rules": "1:10,0.1",
+        "eval_split": "0.25",
+        "hardware": "cpu",  # a file's tpu is mapped
+    }
+    if key in named:
+        return named[key]
     if get_origin(kind) is Literal:
         return next(choice for choice in get_args(kind) if choice != default)
     if kind is bool:
@@ -218,7 +224,7 @@ def test_one_letter_left_out_still_finds_the_name(key: str, refusal: Refusal):
         (["--resolution", "64.5"], ["--resolution '64.5'", "whole number"]),
         (["--resolution", "True"], ["--resolution 'True'", "whole number"]),
         (["--learning-rate", "fast"], ["--learning-rate 'fast'", "number"]),
-        (["--lr-schedule", "rex"], ["--lr-schedule 'rex'", "constant, linear, cosine"]),
+        (["--lr-schedule", "step"], ["--lr-schedule 'step'", "constant, linear, cosine"]),
         (["--diffusion-scheduler-config.prediction-type", "v"], ["'v'", "'', epsilon, v_prediction"]),
         (["--flash-block-sizes.block-q", "big"], ["--flash-block-sizes.block-q 'big'", "a whole number or none"]),
         (["--flash-block-sizes.block-q", "0"], ["--flash-block-sizes.block-q 0", "above 0"]),
@@ -420,7 +426,7 @@ def test_a_flag_may_say_none_over_the_file(none: str, written: Yaml):
         ("learning_rate: fast", ["learning_rate", "fast", "number"]),
         ("center_crop: 1", ["center_crop", "1", "true or false"]),
         ("center_crop: null", ["center_crop", "null", "true or false"]),
-        ("lr_schedule: rex", ["lr_schedule", "rex", "constant, linear, cosine"]),
+        ("lr_schedule: step", ["lr_schedule", "step", "constant, linear, cosine"]),
         ("lr_schedule: null", ["lr_schedule", "null", "constant, linear, cosine"]),
         ("weights_dtype: float64", ["weights_dtype", "float64", "float32, bfloat16"]),
         ("diffusion_scheduler_config: trailing", ["diffusion_scheduler_config", "trailing", "must be a mapping"]),
@@ -550,6 +556,22 @@ OFF = {
     "unet_checkpoint": ({"train_new_unet": True}, "--train-new-unet"),
     "revision": ({"pretrained_model_name_or_path": "asset:tiny-sdxl"}, "--pretrained-model-name-or-path"),
     "learning_rate_schedule_steps": ({}, "--lr-schedule"),
+    "lr_num_cycles": ({}, "--lr-schedule cosine_with_restarts"),
+    "lr_step_rules": ({}, "--lr-schedule piecewise"),
+    "adam_b1": ({"optimizer": "adafactor"}, "--optimizer"),
+    "adam_b2": ({"optimizer": "adafactor"}, "--optimizer"),
+    "adam_eps": ({"optimizer": "lion"}, "--optimizer"),
+    "moments_dtype": ({"optimizer": "adamw8bit"}, "--optimizer"),
+    "huber_c": ({}, "--loss-type"),
+    "huber_schedule": ({}, "--loss-type"),
+    "timestep_bias.multiplier": ({}, "--timestep-bias.strategy"),
+    "timestep_bias.begin": ({"timestep_bias": {"strategy": "later"}}, "--timestep-bias.strategy range"),
+    "timestep_bias.end": ({"timestep_bias": {"strategy": "earlier"}}, "--timestep-bias.strategy range"),
+    "timestep_bias.portion": ({"timestep_bias": {"strategy": "range"}}, "--timestep-bias.strategy earlier or later"),
+    "eval_every": ({}, "--eval-split"),
+    "timing_metrics_file": ({}, "--write-timing-metrics"),
+    "skip_first_n_steps_for_profiler": ({}, "--enable-profiler"),
+    "profiler_steps": ({}, "--enable-profiler"),
     "decay_all": ({"adam_weight_decay": 0.0}, "--adam-weight-decay"),
     "max_grad_value": ({}, "--opt-enable-grad-clipping"),
     "max_grad_norm": ({}, "--opt-enable-grad-global-norm-clipping"),
@@ -576,6 +598,9 @@ OFF = {
     "bucket_upscale": ({}, "--aspect-ratio-buckets"),
     "keep_tokens": ({}, "--caption-shuffle"),
     "metrics_file": ({"write_metrics": False}, "--write-metrics"),
+    "tracker": ({"write_metrics": False}, "--write-metrics"),
+    "gcs_metrics": ({}, "--base-output-directory"),
+    "save_config_to_gcs": ({}, "--base-output-directory"),
     "guidance_scale": ({"do_classifier_free_guidance": False}, "--do-classifier-free-guidance"),
     "guidance_rescale": ({"do_classifier_free_guidance": False}, "--do-classifier-free-guidance"),
     "negative_prompt": ({"do_classifier_free_guidance": False}, "--do-classifier-free-guidance"),
@@ -590,6 +615,20 @@ ON = {
     "attention_sharding_uniform": ["--ici-context-parallelism", "2"],
     "compile_topology_num_slices": ["--compile-topology", "v5e:2x2"],
     "learning_rate_schedule_steps": ["--lr-schedule", "cosine"],
+    "lr_num_cycles": ["--lr-schedule", "cosine_with_restarts"],
+    "lr_step_rules": ["--lr-schedule", "piecewise"],
+    "huber_c": ["--loss-type", "huber"],
+    "huber_schedule": ["--loss-type", "smooth_l1"],
+    "timestep_bias.multiplier": ["--timestep-bias.strategy", "later"],
+    "timestep_bias.begin": ["--timestep-bias.strategy", "range"],
+    "timestep_bias.end": ["--timestep-bias.strategy", "range"],
+    "timestep_bias.portion": ["--timestep-bias.strategy", "earlier"],
+    "eval_every": ["--eval-split", "0.1"],
+    "timing_metrics_file": ["--write-timing-metrics"],
+    "gcs_metrics": ["--base-output-directory", "gs://bucket/runs"],
+    "save_config_to_gcs": ["--base-output-directory", "gs://bucket/runs"],
+    "skip_first_n_steps_for_profiler": ["--enable-profiler"],
+    "profiler_steps": ["--enable-profiler"],
     "max_grad_value": ["--opt-enable-grad-clipping"],
     "max_grad_norm": ["--opt-enable-grad-global-norm-clipping"],
     "ema_every": ["--ema-decay", "0.9"],
@@ -628,7 +667,13 @@ def test_a_key_of_the_file_whose_switch_is_off_is_one_log_line(
     key: str, written: Yaml, caplog: pytest.LogCaptureFixture
 ):
     off, remedy = OFF[key]
-    file = written(yaml.safe_dump({"train_data_dir": "pictures", **off} | entry(key, example(key))))
+    outer, _, inner = key.partition(".")
+    values: dict[str, Any] = {"train_data_dir": "pictures", **off}
+    if inner:
+        values[outer] = {**values.get(outer, {}), **entry(key, example(key))[outer]}
+    else:
+        values |= entry(key, example(key))
+    file = written(yaml.safe_dump(values))
     config = parse(["--config", file])
     assert value(config, key) == example(key)
     (record,) = caplog.records

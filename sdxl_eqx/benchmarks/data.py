@@ -36,7 +36,7 @@ from sdxl_eqx.data.store import StoreWriter, key_text
 from sdxl_eqx.data.survey import Survey
 from sdxl_eqx.data.tokenizer import bundled_tokenizers
 from sdxl_eqx.parallel import hosts
-from sdxl_eqx.training.feed import Batches, Feed
+from sdxl_eqx.training.feed import Batches
 
 log = logging.getLogger("sdxl_eqx")
 
@@ -153,7 +153,7 @@ def caching(work: Workload, rounds: int) -> list[Figure]:
                 taken = milliseconds(lambda stream=stream: _take(stream, work.cached_batches))
             rates.append(1e3 * work.cached_batches * work.batch_size / taken)
             with _stream(buckets, read, work, config.transform_images_num_proc) as stream:
-                shares.append(_waiting(stream, buckets, work))
+                shares.append(_waiting(stream, work))
     note = "" if cores() >= CACHE_CORES else "means nothing on one core"
     waits = f"of a step of {1e3 * work.step_seconds:.0f} ms waits for {work.batch_size} of them"
     return [
@@ -162,9 +162,9 @@ def caching(work: Workload, rounds: int) -> list[Figure]:
     ]
 
 
-def _waiting(stream: Any, buckets: Buckets, work: Workload) -> float:
+def _waiting(stream: Any, work: Workload) -> float:
     """Per cent of a step's time that the loop waits for its batch; of a step that leaves the cores idle, as a sleep."""
-    batches = Batches(Feed(stream, None, buckets, BadItems(work.samples, 0.0), 0))
+    batches = Batches(stream, 0)
     batches.next()
     first = batches.waited
     for _ in range(work.steps):

@@ -161,6 +161,9 @@ def generate_rules(config: GenerateConfig) -> list[Rule]:
     def is_fraction(values: tuple[float, ...] | None) -> bool:
         return values is None or all(0 <= value <= 1 for value in values)
 
+    def are_finite(values: tuple[float, ...] | None) -> bool:
+        return values is None or all(map(math.isfinite, values))
+
     sizes = ("original_size", "target_size", "negative_original_size", "negative_target_size")
     return [
         ("seed", "must be 0 or more and below 2**32", 0 <= config.machine.seed < 2**32),
@@ -189,9 +192,10 @@ def generate_rules(config: GenerateConfig) -> list[Rule]:
         *lora_rules(config.lora_config),
         ("lightning_ckpt", "name its file, as sdxl_lightning_4step_unet.safetensors",
          bool(loaded.lightning_ckpt) or not loaded.lightning_repo),
-        ("controlnet_conditioning_scale", each, fits(loaded.controlnet_conditioning_scale)),
-        ("controlnet_image", f"give a picture; {each}", bool(loaded.controlnet_image) == bool(nets)
-         and fits(loaded.controlnet_image)),
+        ("controlnet_conditioning_scale", f"{each}, and finite",
+         fits(loaded.controlnet_conditioning_scale) and are_finite(loaded.controlnet_conditioning_scale)),
+        ("controlnet_image", f"give a picture; {each}" if nets else "name a --controlnet-model-name-or-path for it",
+         bool(loaded.controlnet_image) == bool(nets) and fits(loaded.controlnet_image)),
         *mesh_rules(config.parallel),
         ("batch_size", "must be 0 (one a device) or more", output.batch_size >= 0),
         ("vae_tile", "must be a multiple of 64 of at least 128, or 0",

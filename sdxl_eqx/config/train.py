@@ -68,12 +68,21 @@ def rules(config: TrainConfig) -> list[Rule]:
     name = config.run.run_name
     return [
         ("run_name", "must be a folder name: letters, digits, '.', '_' and '-'", not name or _is_name(name)),
-        ("base_output_directory", "must be a local folder", "://" not in config.run.base_output_directory),
-        ("output_dir", "must be a local folder", "://" not in config.run.output_dir),
+        (
+            "base_output_directory",
+            "must be a local folder, or gs://BUCKET/...",
+            _is_place(config.run.base_output_directory),
+        ),
+        ("output_dir", "must be a local folder, or gs://BUCKET/...", _is_place(config.run.output_dir)),
         ("seed", "must be 0 or more and below 2**32", 0 <= config.run.seed < 2**32),
         ("scan_unroll", "must be 1 or more", attention.scan_unroll >= 1),
         *attention_rules(attention, config.flash_block_sizes),
         ("learning_rate", "must be a finite number above 0", 0 < optim.learning_rate < math.inf),
+        (
+            "learning_rate",
+            "with --optimizer prodigy it is a factor of the rate that prodigy finds; give 1",
+            optim.optimizer != "prodigy" or optim.learning_rate >= 0.01,
+        ),
         ("max_train_steps", "must be -1 (from epochs) or above 0", is_whole(optim.max_train_steps)),
         ("num_train_epochs", "must be above 0", optim.num_train_epochs > 0),
         ("per_device_batch_size", "must be a finite number above 0", 0 < optim.per_device_batch_size < math.inf),
@@ -122,6 +131,11 @@ def rules(config: TrainConfig) -> list[Rule]:
         *prompt_rules(sample),
         ("sample_every", "must be -1 (at the end) or above 0, in samples", is_whole(sample.sample_every)),
         ("eval_every", "must be -1 (at the end) or above 0, in samples", is_whole(sample.eval_every)),
+        (
+            "eval_split",
+            "must be a fraction above 0 and below 1, or the name of a split with --dataset-name",
+            not sample.eval_split or _is_held(sample.eval_split, config.data),
+        ),
         ("samples_per_grid", "must be 0 or more", sample.samples_per_grid >= 0),
         ("caption_retrieval", "must be 0 or more", sample.caption_retrieval >= 0),
     ]
@@ -181,6 +195,18 @@ def _data_rules(data: DataConfig, *, needs_data: bool) -> list[Rule]:
         ("caption_chunks", "must be 1 or more", data.caption_chunks >= 1),
         ("max_bad_fraction", "must be from 0 to 1", 0 <= data.max_bad_fraction <= 1),
     ]
+
+
+def _is_held(split: str, data: DataConfig) -> bool:
+    try:
+        return 0 < float(split) < 1
+    except ValueError:
+        return bool(data.dataset_name) or data.dataset_type == "hf"
+
+
+def _is_place(place: str) -> bool:
+    protocol, mark, rest = place.partition("://")
+    return not mark or (protocol == "gs" and rest.partition("/")[0] != "")
 
 
 def _is_name(name: str) -> bool:

@@ -16,7 +16,10 @@ def to_target(schedule: Schedule, x0: Latents, eps: Latents, t: Int[Array, " b"]
 
 
 def to_x0(schedule: Schedule, prediction: Latents, x_t: Latents, t: Int[Array, " b"]) -> Latents:
-    """The picture that a prediction implies: `to_x0(to_target(x0, eps), x_t) == x0`."""
+    """The picture that a prediction implies: `to_x0(to_target(x0, eps), x_t) == x0`.
+
+    Of noise it is not finite where alpha is 0 (zero terminal SNR): x_t is noise alone, and tells nothing of x0.
+    """
     alpha, sigma = schedule.at(t)
     if schedule.config.prediction_type == "epsilon":
         return (x_t - sigma * prediction) / alpha

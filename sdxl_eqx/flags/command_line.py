@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from types import GenericAlias
+from typing import Annotated, Any, get_args, get_origin
 
 import tyro
 import yaml
@@ -28,6 +29,7 @@ from sdxl_eqx.flags.names import (
     nearest,
     read_as,
 )
+from sdxl_eqx.flags.published import PUBLISHED, settle_data, settle_flags, today
 from sdxl_eqx.flags.switches import check
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -62,9 +64,11 @@ READING = tyro.constructors.ConstructorRegistry()
 
 @READING.primitive_rule
 def _as_text(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
-    if info.type is bool or info.type not in READERS:
+    # tyro may have written a tuple anew, as typing.Tuple, which equals no tuple[...].
+    wanted = GenericAlias(tuple, get_args(info.type)) if get_origin(info.type) is tuple else info.type
+    if wanted is bool or wanted not in READERS:
         return None
-    reader = READERS[info.type]
+    reader = READERS[wanted]
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar=reader.metavar,
@@ -122,25 +126,33 @@ def _parse_generate(argv: Sequence[str]) -> GenerateConfig:
 def _config(
     argv: Sequence[str], default: C, names: Names, line: Callable[..., Any], script: str, *, elsewhere: Names | None
 ) -> C:
-    args, given, file = _words(argv, names)
+    trains = names is NAMES
+    args, given, old, file = _words(argv, names, trains=trains)
     values = read(file, names, elsewhere=elsewhere) if file else {}
     secret = values.pop(SECRET, "")  # kept from tyro, whose help shows defaults
-    base = merge(default, values)
-    parsed = tyro.cli(line, prog=script, args=args, default=line(**groups(base)), registry=READING)
+    shown = line(**groups(merge(default, values)))
+    parsed = tyro.cli(line, prog=script, args=args, default=shown, registry=READING)
     flags = {key: getattr(getattr(parsed, names[key].group), names[key].field) for key in given}
-    config = merge(base, {SECRET: secret, **flags})
+    flags |= settle_flags(old, given)
+    if trains:
+        values = settle_data(file, values, flags)
+    config = merge(merge(default, values), {SECRET: secret, **flags})
     check(config, file, values, flags)
     return config
 
 
-def _words(argv: Sequence[str], names: Names) -> tuple[list[str], set[str], str]:
+def _words(argv: Sequence[str], names: Names, *, trains: bool) -> tuple[list[str], set[str], dict[str, Any], str]:
     """The arguments in the one form tyro is given (`--name=value`, `--x` or `--no-x`), the keys given, the YAML file.
 
+    Before the file stand the values of published names, which tyro knows nothing of.
     No message repeats a value that belongs to no flag: it may be a misplaced token.
     """
     args: list[str] = []
     given: set[str] = set()
+    old: dict[str, Any] = {}
     file = last = ""
+    if trains:
+        names = {**names, **{key: published.name for key, published in PUBLISHED.items()}}
     words = list(argv)
     while words:
         word = words.pop(0)
@@ -162,6 +174,9 @@ def _words(argv: Sequence[str], names: Names) -> tuple[list[str], set[str], str]
             if equals and (negated or value.lower() not in BOOLS):
                 raise FlagError(f"{shown} {value!r}: {_forms(name)}")
             on = BOOLS[value.lower()] if equals else not negated
+            if trains and name.key in PUBLISHED:
+                old[name.key] = on
+                continue
             args.append(name.flag if on else f"--no-{name.flag[2:]}")
             given.add(name.key)
             continue
@@ -180,13 +195,17 @@ def _words(argv: Sequence[str], names: Names) -> tuple[list[str], set[str], str]
                 raise FlagError("--config: give one YAML file, once; flags win over it")
             file = value
             continue
+        value = today(name.key, value) if trains else value
         try:
-            read_as(name, value)
+            found = read_as(name, value)
         except ValueError as rule:
             raise FlagError(f"{name.flag} {value!r}: {rule}") from None
+        if trains and name.key in PUBLISHED:
+            old[name.key] = found
+            continue
         args.append(f"{name.flag}={value}")
         given.add(name.key)
-    return args, given, file
+    return args, given, old, file
 
 
 def _negated(key: str, names: Names) -> str:

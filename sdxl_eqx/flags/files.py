@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from sdxl_eqx.flags.names import LISTS, NAMES, FlagError, Name, Names, nearest, read_as
+from sdxl_eqx.flags.published import PUBLISHED, settle_file, today
 
 log = logging.getLogger("sdxl_eqx")
 
@@ -17,7 +18,8 @@ def read(file: str | Path, names: Names = NAMES, *, elsewhere: Names | None = No
     """The values of a `--config` file by key (`diffusion_scheduler_config.prediction_type` for those of a mapping).
 
     Scalars are read from their text as the field's type wants them: `4e-7` is a number although YAML 1.1 calls it a
-    string, and a run named `007` keeps its zeros. Names that have a meaning `elsewhere` are passed over and said.
+    string, and a run named `007` keeps its zeros. Names that have a meaning `elsewhere` are passed over and said; for
+    training, published names and values are mapped to today's, or said to be ignored.
 
     Raises:
         FlagError: with the file, the key and its value, the rule and the remedy.
@@ -25,24 +27,28 @@ def read(file: str | Path, names: Names = NAMES, *, elsewhere: Names | None = No
     root = _compose(file)
     values: dict[str, Any] = {}
     others = []
+    trains = names is NAMES
+    if trains:
+        names = {**names, **{key: published.name for key, published in PUBLISHED.items()}}
+    passed_over = [*elsewhere, *PUBLISHED] if elsewhere is not None else []
     for key, node in _items(file, root, ""):
         if key in names:
-            values[key] = _value(file, names[key], node)
+            values[key] = _value(file, names[key], node, trains=trains)
         elif any(name.startswith(key + ".") for name in names):
             if isinstance(node, yaml.MappingNode):
                 for inner, inner_node in _items(file, node, key + "."):
                     if inner not in names:
                         raise FlagError(f"{file}: {inner}: no such key{nearest(inner, names)}")
-                    values[inner] = _value(file, names[inner], inner_node)
+                    values[inner] = _value(file, names[inner], inner_node, trains=trains)
             elif not _is_null(node):
                 raise FlagError(f"{file}: {key}: {_shown(node)}: must be a mapping, as `{key}: {{name: value}}`")
-        elif elsewhere is not None and any(name == key or name.startswith(key + ".") for name in elsewhere):
+        elif any(name == key or name.startswith(key + ".") for name in passed_over):
             others.append(key)
         else:
             raise FlagError(f"{file}: {key}: no such key{nearest(key, names)}")
     if others:
         log.info("%s: of no meaning here: %s", file, ", ".join(others))
-    return values
+    return settle_file(str(file), values) if trains else values
 
 
 def _compose(file: str | Path) -> yaml.MappingNode:
@@ -77,7 +83,7 @@ def _items(file: str | Path, node: yaml.MappingNode, prefix: str) -> list[tuple[
     return list(seen.items())
 
 
-def _value(file: str | Path, name: Name, node: yaml.Node) -> Any:
+def _value(file: str | Path, name: Name, node: yaml.Node, *, trains: bool) -> Any:
     """A value of the file read as the name's type; nothing (null) is the empty text, a list its inline form."""
     shown = text = _shown(node)
     try:
@@ -87,7 +93,7 @@ def _value(file: str | Path, name: Name, node: yaml.Node) -> Any:
             shown = text = _inline(node)
         else:
             raise ValueError("must be a single value")
-        return read_as(name, text)
+        return read_as(name, today(name.key, text, str(file)) if trains else text)
     except ValueError as rule:
         raise FlagError(f"{file}: {name.key}: {shown}: {rule}; leave the key out for the default") from None
 

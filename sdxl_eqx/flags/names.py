@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -157,8 +157,8 @@ def _axis_rules(text: str) -> AxisRules:
     return tuple(rules)
 
 
-def _texts(values: Sequence[Any]) -> Axes:
-    if not all(isinstance(value, str) for value in values):
+def _texts(values: Any) -> Axes:
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise ValueError
     return tuple(values)
 

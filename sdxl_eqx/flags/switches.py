@@ -130,7 +130,12 @@ SWITCHES = (
     ),
     Switch(("bucket_count", "bucket_upscale"), lambda c: c.data.aspect_ratio_buckets, "add --aspect-ratio-buckets"),
     Switch(("keep_tokens",), lambda c: c.data.caption_shuffle, "add --caption-shuffle"),
-    Switch(("metrics_file",), lambda c: c.metrics.write_metrics, "add --write-metrics"),
+    Switch(("metrics_file", "tracker"), lambda c: c.metrics.write_metrics, "add --write-metrics"),
+    Switch(
+        ("gcs_metrics", "save_config_to_gcs"),
+        lambda c: c.run.root.startswith("gs://"),
+        "set --base-output-directory to a folder on gs://, where metrics and config then lie in any case",
+    ),
     Switch(
         ("guidance_scale", "guidance_rescale", "negative_prompt"),
         lambda c: c.sample.do_classifier_free_guidance,
@@ -169,9 +174,7 @@ GENERATE_SWITCHES = (
         "add --do-classifier-free-guidance",
     ),
     Switch(("prompt",), lambda c: not c.picture.prompts_file, "leave --prompts-file out"),
-    Switch(
-        ("strength",), lambda c: bool(c.picture.image or c.picture.prompts_file), "give a picture with --image"
-    ),
+    Switch(("strength",), lambda c: bool(c.picture.image or c.picture.prompts_file), "give a picture with --image"),
     Switch(
         ("refiner_fraction", "aesthetic_score", "negative_aesthetic_score"),
         lambda c: bool(c.picture.refiner_model_name_or_path),

@@ -140,11 +140,11 @@ def _refiner(config: GenerateConfig, parts: ModelParts, models: Models, layout: 
         text = CLIPTextConfig.from_json(found.configs["text_encoder_2"], projection=True)
     else:
         text = parts.text_2
-    if unet.cross_attention_dim != text.hidden_size or unet.number_of_time_ids != 5:
+    sizes = (unet.projection_class_embeddings_input_dim - (text.projection_dim or 0)) / unet.addition_time_embed_dim
+    if unet.cross_attention_dim != text.hidden_size or sizes != 5:
         raise ValueError(
-            f"{flag} {name!r}: its UNet takes a context of {unet.cross_attention_dim} and {unet.number_of_time_ids} "
-            f"time ids, a refiner takes that of the second text encoder alone ({text.hidden_size}) and 5; give SDXL's "
-            "refiner."
+            f"{flag} {name!r}: its UNet takes a context of {unet.cross_attention_dim} and {sizes:g} time ids, a "
+            f"refiner takes that of the second text encoder alone ({text.hidden_size}) and 5; give SDXL's refiner."
         )
     if unet.in_channels != parts.vae.latent_channels:
         raise ValueError(f"{flag} {name!r}: draws {unet.in_channels} channels, the model {parts.vae.latent_channels}.")
@@ -152,7 +152,10 @@ def _refiner(config: GenerateConfig, parts: ModelParts, models: Models, layout: 
     encoder = models.encoders.text_encoder_2
     if "text_encoder_2" in found.parts:
         encoder = fill_part("text_encoder_2", found, layout, dtype=np.float32, source=name)
-    return Refiner(fill_part("unet", found, layout, dtype=dtype, source=name), encoder, config.picture.refiner_fraction)
+    # The published refiner's model_index.json says false, and a single file has none.
+    zeros = found.index is not None and bool(found.index.get("force_zeros_for_empty_prompt", True))
+    refiner = fill_part("unet", found, layout, dtype=dtype, source=name)
+    return Refiner(refiner, encoder, config.picture.refiner_fraction, zeros_for_absent=zeros)
 
 
 def read_controlnets(config: GenerateConfig, parts: ModelParts, layout: Layout) -> list[ControlNet]:

@@ -32,7 +32,9 @@ TILED_FROM = 2048 * 2048
 
 TILE = 512
 
-Picture = UInt8[np.ndarray, "H W 3"]
+Picture = UInt8[np.ndarray, "_ _ 3"]
+Mask = UInt8[np.ndarray, "_ _"]
+"""Of any size: what is given is scaled to the size that is drawn."""
 
 
 @dataclass
@@ -71,7 +73,7 @@ class Pipeline:
         if unknown:
             raise TypeError(f"Pipeline.load has no {', '.join(sorted(unknown))}; scripts/generate.py --help lists all")
         config = merge(GenerateConfig(), {"pretrained_model_name_or_path": name, **flags})
-        config.check()
+        _check(config)
         return cls.of(config)
 
     @classmethod
@@ -127,7 +129,7 @@ class Pipeline:
         *,
         seeds: int | Sequence[int] | None = None,
         image: Picture | None = None,
-        mask: UInt8[np.ndarray, "H W"] | None = None,
+        mask: Mask | None = None,
         hints: Sequence[Picture] = (),
         **changes: Any,
     ) -> UInt8[np.ndarray, "b H W 3"]:
@@ -146,8 +148,7 @@ class Pipeline:
         """
         picture = dataclasses.replace(self.config.picture, **changes)
         config = dataclasses.replace(self.config, picture=picture)
-        # Masks and hints come as arrays here: what the rules say of their flags is checked below.
-        config.check()
+        _check(config)
         texts = [prompt] if isinstance(prompt, str | Prompt) else list(prompt)
         if seeds is None:
             seeds = range(config.machine.seed, config.machine.seed + len(texts))
@@ -167,7 +168,7 @@ class Pipeline:
         size: tuple[int, int],
         *,
         image: Picture | None = None,
-        mask: UInt8[np.ndarray, "H W"] | None = None,
+        mask: Mask | None = None,
         hints: Sequence[Picture] = (),
     ) -> UInt8[np.ndarray, "b H W 3"]:
         """One batch of pictures; it is filled up to what the devices share, so that one program serves all.
@@ -219,6 +220,14 @@ class Pipeline:
         return hints
 
 
+def _check(config: GenerateConfig) -> None:
+    """Check a config for pictures that come as arrays, so that no flag has to name what a ControlNet sees."""
+    loaded = config.loaded
+    if loaded.controlnet_model_name_or_path and not loaded.controlnet_image:
+        loaded = dataclasses.replace(loaded, controlnet_image=("an array",))
+    dataclasses.replace(config, loaded=loaded).check()
+
+
 def prompt_of(config: GenerateConfig, text: str) -> Prompt:
     """A prompt with what a config says of all of them."""
     p = config.picture
@@ -240,9 +249,7 @@ def strength_of(strength: float, *, has_mask: bool) -> float:
     return strength or (0.9999 if has_mask else 0.3)
 
 
-def _begun(
-    image: Picture, mask: UInt8[np.ndarray, "H W"] | None, size: tuple[int, int], strength: float, count: int
-) -> Begun:
+def _begun(image: Picture, mask: Mask | None, size: tuple[int, int], strength: float, count: int) -> Begun:
     pixels = control_image.init_pixels(image, size)
     seen = None if mask is None else np.repeat(control_image.mask_pixels(mask, size)[None], count, axis=0)
     return Begun(np.repeat(pixels[None], count, axis=0), strength_of(strength, has_mask=mask is not None), seen)

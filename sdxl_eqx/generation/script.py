@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -39,19 +40,27 @@ class Job:
     seed: int
 
 
-def jobs_of(config: GenerateConfig) -> list[Job]:
-    """All pictures that a config asks for, in order.
+def lines_of(config: GenerateConfig) -> list[PromptLine]:
+    """The prompts that a config names.
 
     Raises:
         ValueError: where the file of prompts is wrong.
     """
     picture = config.picture
-    lines = read_prompts(picture.prompts_file) if picture.prompts_file else [PromptLine(picture.prompt, 1)]
+    return read_prompts(picture.prompts_file) if picture.prompts_file else [PromptLine(picture.prompt, 1)]
+
+
+def jobs_of(config: GenerateConfig, lines: Sequence[PromptLine]) -> list[Job]:
+    """All pictures that a config asks for, in order.
+
+    Raises:
+        ValueError: where what a line says breaks a rule.
+    """
     jobs = []
     for line in lines:
         changed = _changed(config, line)
         first = config.machine.seed if line.seed is None else line.seed
-        jobs += [Job(changed, line.prompt, (first + i) % 2**32) for i in range(picture.num_images_per_prompt)]
+        jobs += [Job(changed, line.prompt, (first + i) % 2**32) for i in range(config.picture.num_images_per_prompt)]
     return jobs
 
 
@@ -92,7 +101,10 @@ def draw_pictures(config: GenerateConfig) -> list[Path]:
         ValueError: where flags, prompts, pictures or models are wrong; nothing is loaded before what can be checked.
         OSError: where a picture cannot be read or written.
     """
-    jobs = jobs_of(config)
+    lines = lines_of(config)  # once: it may be a pipe
+    jobs = jobs_of(config, lines)
+    if config.output.grid:
+        _check_sheet([(p.height, p.width) for p in (job.config.picture for job in jobs) if p.height and p.width])
     hints = [open_image(where) for where in config.loaded.controlnet_image or ()]
     if len(hints) == 1:
         hints = hints * len(config.loaded.controlnet_model_name_or_path or ())
@@ -101,13 +113,15 @@ def draw_pictures(config: GenerateConfig) -> list[Path]:
     began = time.perf_counter()
     pipeline = Pipeline.of(config)
     config = pipeline.config  # with what a few-step model changed
-    jobs = jobs_of(config)
+    jobs = jobs_of(config, lines)
+    if config.output.grid:
+        _check_sheet([size_of(pipeline, job) for job in jobs])
     log.info("loaded in %.1f s", time.perf_counter() - began)
     folder, files, drawn = Path(config.output.images_dir), [], []
     number = next_number(folder)
     for batch in batches_of(jobs, config.output.batch_size or pipeline.drawing.shares):
         asked = batch[0].config
-        size = dataclasses.replace(pipeline, config=asked).size
+        size = size_of(pipeline, batch[0])
         began = time.perf_counter()
         pictures = pipeline.draw(
             asked, [prompt_of(job.config, job.text) for job in batch], [job.seed for job in batch], size,
@@ -118,18 +132,36 @@ def draw_pictures(config: GenerateConfig) -> list[Path]:
             file = picture_file(folder, number, job.seed)
             number += 1
             if hosts.is_first():
-                save_png(picture, file, parameters_of(pipeline, job, size), flat(job.config))
+                save_png(picture, file, parameters_of(pipeline, job, size), settings_of(job))
             log.info("%s  %.1f s  %s", file, seconds, job.text[:80])
             files.append(file)
-            drawn.append(picture)
+            if config.output.grid:
+                drawn.append(picture)
     if config.output.grid and hosts.is_first():
         files.append(_sheet(drawn, folder, config))
     return files
 
 
+def size_of(pipeline: Pipeline, job: Job) -> tuple[int, int]:
+    """(height, width) of a picture."""
+    return dataclasses.replace(pipeline, config=job.config).size
+
+
+def settings_of(job: Job) -> dict[str, Any]:
+    """The names and values that draw this one picture again, given back with `--config`."""
+    picture = dataclasses.replace(job.config.picture, prompt=job.text, prompts_file="", num_images_per_prompt=1)
+    machine = dataclasses.replace(job.config.machine, seed=job.seed)
+    output = dataclasses.replace(job.config.output, grid=False)
+    return flat(dataclasses.replace(job.config, picture=picture, machine=machine, output=output))
+
+
+def _check_sheet(sizes: Sequence[tuple[int, int]]) -> None:
+    if len(set(sizes)) > 1:
+        shown = ", ".join(f"{width}x{height}" for height, width in dict.fromkeys(sizes))
+        raise ValueError(f"--grid: the pictures are of several sizes ({shown}); leave it out, or draw them of one.")
+
+
 def _sheet(drawn: Sequence[np.ndarray], folder: Path, config: GenerateConfig) -> Path:
-    if len({picture.shape for picture in drawn}) > 1:
-        raise ValueError("--grid: the pictures are not all of one size; leave it out.")
     file = grid_file(folder)
     save_png(np.asarray(grid(np.stack(drawn))), file, None, flat(config))
     log.info("%s", file)

@@ -134,7 +134,11 @@ class Moments(eqx.Module):
 
     def sample(self, *, key: PRNGKeyArray) -> Float[Array, "b h w c"]:
         """One draw (Kingma and Welling 2013)."""
-        return self.mean + jnp.exp(0.5 * self.logvar) * jr.normal(key, self.mean.shape, self.mean.dtype)
+        return self.at(jr.normal(key, self.mean.shape, self.mean.dtype))
+
+    def at(self, noise: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """The latents at that unit noise."""
+        return self.mean + jnp.exp(0.5 * self.logvar) * noise
 
 
 class VAEMidBlock(eqx.Module):

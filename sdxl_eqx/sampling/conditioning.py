@@ -76,11 +76,22 @@ def condition_negative(
 
 
 def condition_refiner(
-    encoder: CLIPText, tokenize: Tokenize, prompts: Sequence[Prompt], size: Size, drawing: Drawing, *, negative: bool
+    encoder: CLIPText,
+    tokenize: Tokenize,
+    prompts: Sequence[Prompt],
+    size: Size,
+    drawing: Drawing,
+    *,
+    negative: bool = False,
+    zeros: bool = False,
 ) -> Conditioning:
-    """What the refiner, which has the second text encoder alone, is told of prompts or of negative prompts."""
+    """What the refiner, which has the second text encoder alone, is told of prompts, or of negative prompts, where
+    `zeros` are what an absent one is."""
     texts = [(p.negative_prompt or "") if negative else p.prompt for p in prompts]
     context, pooled = _encode_one(encoder, drawing.put(tokenize(texts)[1]), drawing=drawing)
+    if negative and zeros:
+        there = [p.negative_prompt is not None for p in prompts]
+        context, pooled = _kept(context, pooled, drawing.put(np.array(there)))
     ids = [p.time_ids(size, negative=negative, aesthetic=True) for p in prompts]
     return _with_time_ids(context, pooled, ids, drawing)
 
@@ -109,7 +120,5 @@ def _kept(context: Array, pooled: Array, there: Array) -> tuple[Array, Array]:
     return jnp.where(there[:, None, None], context, 0), jnp.where(there[:, None], pooled, 0)
 
 
-def _with_time_ids(
-    context: Array, pooled: Array, time_ids: Sequence[list[float]], drawing: Drawing
-) -> Conditioning:
+def _with_time_ids(context: Array, pooled: Array, time_ids: Sequence[list[float]], drawing: Drawing) -> Conditioning:
     return Conditioning(context, pooled, jnp.asarray(drawing.put(np.array(time_ids, np.float32))))

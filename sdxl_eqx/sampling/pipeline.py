@@ -39,6 +39,8 @@ class Refiner:
     encoder: CLIPText
     """Its text encoder, which is the base model's second one."""
     fraction: float = 0.2
+    zeros_for_absent: bool = False
+    """As of `Models`."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ def encode(
     """Scaled latents of pictures in [-1, 1], drawn from the VAE's posterior with unit noise `eps`, in float32."""
     vae, compute = _whole(vae, drawing)
     moments = vae.encode(drawing.place(pixels), compute=compute)
-    return (moments.mean + jnp.exp(0.5 * moments.logvar) * eps) * vae.config.scaling_factor
+    return moments.at(eps) * vae.config.scaling_factor
 
 
 @partial(jax.jit, static_argnames="drawing")
@@ -277,7 +279,8 @@ def draw_latents(
         return latents
     rest = drawn.since(1 - refiner.fraction)
     told = partial(conditioning.condition_refiner, refiner.encoder, models.tokenize, prompts, size, drawing)
-    cond, uncond = told(negative=False), told(negative=True) if manner.is_guided else None
+    cond = told()
+    uncond = told(negative=True, zeros=refiner.zeros_for_absent) if manner.is_guided else None
     scales = manner.scales(evaluations - len(rest.timesteps), evaluations, evaluations)
     latents, finite = draw(
         refiner.unet, latents, cond, uncond, drawing.put(rest.table), drawing.put(scales),

@@ -136,7 +136,7 @@ class Target:
         program = self.program(config)
         log.info(
             "compiling %s: %g images a device, remat %s, for %s",
-            describe(program.mesh), program.batch_size / program.mesh.size, program.compute.remat,
+            describe(program.mesh), program.part_size / program.mesh.size, program.compute.remat,
             config.parallel.compile_topology,
         )  # fmt: skip
         rate = learning_rate(config.optim, total_steps=1000, batch_size=program.batch_size)
@@ -200,7 +200,7 @@ class Target:
             topology=config.parallel.compile_topology,
             devices=n,
             mesh={axis: size for axis, size in program.mesh.shape.items() if size > 1},
-            per_device_batch_size=batch / n,
+            per_device_batch_size=program.part_size / n,
             remat_policy=program.compute.remat,
             attention=config.attention.attention,
             effort=self.effort,

@@ -50,7 +50,8 @@ def cache_dataset(config: TrainConfig) -> CacheSummary:
         raise ValueError("--no-cache-latents-text-encoder-outputs: there is nothing to cache then; leave it out.")
     configure_jax(config.run, config.model.precision)
     layout = Layout(make_mesh(config.parallel, choose_hardware(config.run.hardware)))
-    source, parts = hosts.together(partial(read_data_and_model, config))
+    inputs = hosts.together(partial(read_data_and_model, config))
+    source, parts = inputs.source, inputs.parts
     if isinstance(source, LatentRecords):
         raise ValueError("--dataset-type tfrecord: is encoded already; train on it as it is.")
     if not data.aspect_ratio_buckets:

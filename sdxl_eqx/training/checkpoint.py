@@ -2,6 +2,8 @@
 
 import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import orbax.checkpoint as ocp
+from etils import epath
 
 from sdxl_eqx.models.unet import UNet
 from sdxl_eqx.parallel import hosts
@@ -30,14 +33,21 @@ class NotSaved(ValueError):
 class Checkpoints:
     """The checkpoints of one run, `FOLDER/STEP/`; only whole ones count, and older ones go when a newer is whole."""
 
-    def __init__(self, folder: Path, *, keep: int, broadcast_over: str | None = None):
-        """`broadcast_over`: the axis of the mesh along which one replica reads a checkpoint for the others."""
-        self.folder = folder.absolute()
+    def __init__(self, folder: Path | epath.Path, *, keep: int, broadcast_over: str | None = None):
+        """`folder`: local, or in a bucket, where Orbax marks what is whole by a last object; `broadcast_over`: the axis
+        of the mesh along which one replica reads a checkpoint for the others.
+
+        Raises:
+            ValueError: where the bucket cannot be reached.
+        """
+        self.is_remote = "://" in str(folder)
+        self.folder = folder if self.is_remote else Path(folder).absolute()
         self.broadcast_over = broadcast_over
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.LatestN(keep), cleanup_tmp_directories=True
         )
-        self.manager = ocp.CheckpointManager(self.folder, options=options)
+        with self._explained(f"{self.folder}: cannot be read or written"):
+            self.manager = ocp.CheckpointManager(self.folder, options=options)
 
     def latest(self) -> int | None:
         """The step of the newest whole checkpoint."""
@@ -52,7 +62,14 @@ class Checkpoints:
         if step == self.latest():
             return
         self.wait()
-        needed = sum(x.nbytes for x in jax.tree.leaves(state) if not _is_key(x)) + MARGIN
+        if not self.is_remote:
+            self._check_room(step, sum(x.nbytes for x in jax.tree.leaves(state) if not _is_key(x)) + MARGIN)
+        meta = {"format": FORMAT, "unet": saved.unet, "ema": saved.ema, "config": saved.config, "data": saved.data}
+        items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
+        with self._explained(f"no checkpoint of step {step}"):
+            self.manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items))
+
+    def _check_room(self, step: int, needed: int) -> None:
         try:
             free = min(hosts.gather_json(hosts.together(lambda: shutil.disk_usage(self.folder).free)))
         except (ValueError, OSError) as error:
@@ -63,9 +80,18 @@ class Checkpoints:
                 f"{free / 2**30:.2f} GiB left. The last good checkpoint is that of step {self.latest()}. "
                 "Free space, or lower --checkpoints-to-keep."
             )
-        meta = {"format": FORMAT, "unet": saved.unet, "ema": saved.ema, "config": saved.config, "data": saved.data}
-        items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
-        self.manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items))
+
+    @contextmanager
+    def _explained(self, what: str) -> Iterator[None]:
+        """Turns whatever the libraries of a bucket raise into a NotSaved."""
+        try:
+            yield
+        except (NotSaved, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:  # they have no common class
+            if not self.is_remote:
+                raise
+            raise NotSaved(f"{what} ({type(error).__name__}: {str(error)[:300]}).") from error
 
     def saved(self, step: int) -> Saved:
         """What stands beside the arrays.
@@ -73,7 +99,7 @@ class Checkpoints:
         Raises:
             ValueError: where it cannot be read or is of another format.
         """
-        return read_meta(self.manager, step, self.folder)
+        return read_meta(self.manager, step, Path(self.folder))  # which names it and reads nothing
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state of that step, in the shapes, dtypes and shardings of `like` (`jax.ShapeDtypeStruct`s).
@@ -102,7 +128,7 @@ class Checkpoints:
             ) from error
         return _from_items(items, like)
 
-    def _broadcast(self, folder: Path, wanted: Any) -> Any:
+    def _broadcast(self, folder: Path | epath.Path, wanted: Any) -> Any:
         """An item of a checkpoint, read by the first replica along an axis of the mesh and sent to the others."""
         mesh = next(x.sharding.mesh for x in jax.tree.leaves(wanted))
         handler = ocp.type_handlers.SingleReplicaArrayHandler(mesh.axis_names.index(self.broadcast_over))
@@ -134,13 +160,20 @@ class Checkpoints:
             NotSaved: where it could not be.
         """
         try:
-            self.manager.wait_until_finished()
+            with self._explained(f"{self.folder}: a checkpoint could not be written"):
+                self.manager.wait_until_finished()
+        except NotSaved:
+            raise
         except (OSError, ValueError, RuntimeError) as error:
             raise NotSaved(f"{self.folder}: a checkpoint could not be written ({error}).") from error
 
     def close(self) -> None:
-        """Wait, and end the writer's threads."""
-        self.manager.close()
+        """Wait, and end the writer's threads; what a bucket refuses is said."""
+        try:
+            with self._explained(f"{self.folder}: a checkpoint could not be written"):
+                self.manager.close()
+        except NotSaved as error:
+            log.error("%s", error)
 
 
 def load_unet(run: str | Path, *, step: int | None = None, ema: bool = True) -> UNet:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from sdxl_eqx.data.bad import BadItems
 from sdxl_eqx.data.batch import AnyBatch, to_batch
@@ -37,7 +38,11 @@ class Feed:
     frozen: Encoders | None
     """The encoders that the step needs, or None where batches are encoded already."""
     buckets: Buckets
-    """The shapes of batches."""
+    """The shapes of batches, of which what is held out takes none."""
+    read: Read
+    """Reads any sample into this process's memory."""
+    held: Int[np.ndarray, " n"]
+    """The shape of each sample that is held out; -1 of the others."""
     bad: BadItems
     position: int
     """The number of the next batch."""
@@ -52,7 +57,10 @@ def feed(run: Run) -> Feed:
     """
     data = run.config.data
     bad = BadItems(len(run.source), data.max_bad_fraction)
-    buckets, read, frozen = _readers(run, bad)
+    everything, read, frozen = _readers(run, bad)
+    held = np.full_like(everything.of, -1)
+    held[run.inputs.held] = everything.of[run.inputs.held]
+    buckets = Buckets(everything.shapes, np.where(held < 0, everything.of, -1).astype(held.dtype))
     order = Order(buckets.of, batch_size=run.batch_size, seed=run.config.run.seed, shuffle=data.enable_data_shuffling)
     rows = own_rows(run.program.batch_sharding, run.batch_size)
     threads = data.transform_images_num_proc
@@ -60,7 +68,7 @@ def feed(run: Run) -> Feed:
     start = next_batch(run)
     if start:
         stream.set_state(position(start, len(rows)))
-    return Feed(stream, frozen, buckets, bad, start)
+    return Feed(stream, frozen, buckets, read, held, bad, start)
 
 
 def next_batch(run: Run) -> int:
@@ -114,10 +122,10 @@ class Batches:
     the middle of a step the others would wait for it for ever. Nothing is saved of those steps.
     """
 
-    def __init__(self, feed: Feed, *, is_one: bool = False):
-        """`is_one`: the first batch again and again."""
-        self.stream = feed.stream
-        self.next_index = feed.position
+    def __init__(self, stream: Any, position: int, *, is_one: bool = False):
+        """`stream` gives the batch of number `position` next; `is_one`: that one again and again."""
+        self.stream = stream
+        self.next_index = position
         self.is_one = is_one
         self.last: AnyBatch | None = None
         self.failure: Exception | None = None

@@ -14,6 +14,7 @@ import numpy as np
 from sdxl_eqx.data.sources.latents import LatentRecords
 from sdxl_eqx.data.tokenizer import save_tokenizers
 from sdxl_eqx.models.sdxl import SDXL, cast
+from sdxl_eqx.models.unet import UNet
 from sdxl_eqx.parallel import hosts
 from sdxl_eqx.sampling.grid import grid
 from sdxl_eqx.training.errors import RunError
@@ -36,23 +37,22 @@ log = logging.getLogger("sdxl_eqx")
 
 
 def show(run: Run, n: int, state: TrainState, writer: MetricsWriter) -> None:
-    """Draw a grid of samples."""
+    """Draw a grid of samples; with an average, one of its and one of the raw weights."""
     sample = run.config.sample
     if sample.samples_per_grid == 0:
         return
     prompts = sample_prompts(sample, run.source, sample.samples_per_grid)
-    pictures = _drawn(run, state, prompts)
-    if pictures is None:
-        return
-    if not hosts.is_first():
-        return
-    sheet = grid(pictures)
-    file = run.folder.samples / f"step_{n:06d}.png"
-    with _without("samples"):
-        file.parent.mkdir(exist_ok=True)
-        sheet.save(file)
-        log.info("step %d: samples in %s", n, file)
-    writer.picture("samples", np.asarray(sheet), n)
+    for ending, unet in (("", state.best), *((("_raw", state.unet),) if state.ema is not None else ())):
+        pictures = _drawn(run, unet, prompts)
+        if pictures is None or not hosts.is_first():
+            continue
+        sheet = grid(pictures)
+        file = run.folder.samples / f"step_{n:06d}{ending}.png"
+        with _without("samples"):
+            file.parent.mkdir(exist_ok=True)
+            sheet.save(file)
+            log.info("step %d: samples in %s", n, file)
+        writer.picture(f"samples{ending}", np.asarray(sheet), n)
 
 
 @contextmanager
@@ -64,10 +64,10 @@ def _without(what: str) -> Iterator[None]:
         log.error("no %s: %s", what, error)
 
 
-def _drawn(run: Run, state: TrainState, prompts: Sequence[str]) -> np.ndarray | None:
+def _drawn(run: Run, unet: UNet, prompts: Sequence[str]) -> np.ndarray | None:
     """Pictures of prompts; None, said loudly, where the weights no longer give any."""
     try:
-        return draw_captions(run, state.best, prompts)
+        return draw_captions(run, unet, prompts)
     except ValueError as error:
         log.error("no samples: %s", error)
     except jax.errors.JaxRuntimeError as error:
@@ -114,7 +114,7 @@ def _retrieve(run: Run, step: int, state: TrainState, writer: MetricsWriter) -> 
     source, n = run.source, min(run.config.sample.caption_retrieval, len(run.source))
     if isinstance(source, LatentRecords) or n == 0:  # of latents there are no captions
         return None
-    pictures = _drawn(run, state, first_captions(source, n))
+    pictures = _drawn(run, state.best, first_captions(source, n))
     if pictures is None:
         return None
     if hosts.is_first():

@@ -1,14 +1,20 @@
 """What a run trains on and what it trains: the data and the model of a config, opened and checked."""
 
+import dataclasses
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
 
 from sdxl_eqx.config import DataConfig, TrainConfig
 from sdxl_eqx.data.bad import BadSample
 from sdxl_eqx.data.sources import Source
 from sdxl_eqx.data.sources.files import cache_folder
+from sdxl_eqx.data.sources.joined import Joined
 from sdxl_eqx.data.sources.latents import LatentRecords
 from sdxl_eqx.data.sources.open import open_source
 from sdxl_eqx.data.tokenizer import WORDS, tokenize
@@ -20,7 +26,22 @@ LOOKED_AT = 10_000
 """Captions whose tokens are counted before a run; of more, so many spread evenly."""
 
 
-def read_data_and_model(config: TrainConfig) -> tuple[Source | LatentRecords, ModelParts]:
+@dataclass(frozen=True)
+class Inputs:
+    """The data and the model of a run."""
+
+    source: Source | LatentRecords
+    parts: ModelParts
+    held: Int[np.ndarray, " m"]
+    """Samples that are not trained on, but measured with."""
+
+    @property
+    def trained_on(self) -> int:
+        """How many samples there are to train on."""
+        return len(self.source) - len(self.held)
+
+
+def read_data_and_model(config: TrainConfig) -> Inputs:
     """Both. No process waits for another one here.
 
     Raises:
@@ -32,7 +53,38 @@ def read_data_and_model(config: TrainConfig) -> tuple[Source | LatentRecords, Mo
     parts = cache(partial(ModelParts.read, config.model, config.diffusion_scheduler_config, token=token))
     latents = partial(_open_latents, parts, data=data)
     source = open_source(data, seed=config.run.seed, token=token, latents=latents)
-    return source, parts()
+    split = config.sample.eval_split
+    fraction = held_fraction(split)
+    if not split:
+        return Inputs(source, parts(), np.zeros(0, int))
+    if fraction is not None:
+        return Inputs(source, parts(), hold_out(len(source), fraction, seed=config.run.seed))
+    other = dataclasses.replace(data, train_split=split, max_train_samples=-1)
+    held = open_source(other, seed=config.run.seed, token=token, latents=latents)
+    if isinstance(source, LatentRecords) or isinstance(held, LatentRecords):
+        raise ValueError(f"--eval-split {split!r}: of TFRecords only a fraction can be held out, such as 0.05.")
+    joined = Joined({data.train_split: source, split: held})
+    return Inputs(joined, parts(), np.arange(len(source), len(joined)))
+
+
+def held_fraction(split: str) -> float | None:
+    """The share of the samples that an eval_split holds out; None where it is the name of a split."""
+    try:
+        return float(split)
+    except ValueError:
+        return None
+
+
+def hold_out(count: int, fraction: float, *, seed: int) -> Int[np.ndarray, " m"]:
+    """That share of so many samples, at least one, chosen by the seed.
+
+    Raises:
+        ValueError: none would be left to train on.
+    """
+    held = max(round(fraction * count), 1)
+    if held >= count:
+        raise ValueError(f"--eval-split {fraction:g}: of {count} samples none would be left; hold fewer out.")
+    return np.sort(np.random.default_rng([seed, 1]).permutation(count)[:held])
 
 
 def _open_latents(parts: Callable[[], ModelParts], paths: Sequence[Path], *, data: DataConfig) -> LatentRecords:

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from sdxl_eqx.config import to_yaml
+from sdxl_eqx.config import flat, to_yaml
 from sdxl_eqx.data.batch import AnyBatch, Batch
 from sdxl_eqx.data.pictures import Size
 from sdxl_eqx.diffusion.schedule import Schedule
@@ -21,10 +21,14 @@ from sdxl_eqx.training.feed import Batches, Feed, feed
 from sdxl_eqx.training.finishing import finish, show
 from sdxl_eqx.training.meter import Meter
 from sdxl_eqx.training.metrics import MetricsWriter, Watch
+from sdxl_eqx.training.profiling import Profiler
 from sdxl_eqx.training.setup import Run
 from sdxl_eqx.training.shapes import StepsByShape
 from sdxl_eqx.training.state import TrainState
 from sdxl_eqx.training.stop import Stop
+from sdxl_eqx.training.timings import Timings
+from sdxl_eqx.training.trackers import open_tracker
+from sdxl_eqx.training.validation import Validation
 
 log = logging.getLogger("sdxl_eqx")
 
@@ -39,34 +43,46 @@ class Outcome:
     retrieval: float | None = None
 
 
-def fit(run: Run) -> Outcome:
-    """Train to the last step, or until Ctrl-C or SIGTERM, which save first.
+def fit(run: Run, timings: Timings | None = None) -> Outcome:
+    """Train to the last step, or until Ctrl-C or SIGTERM, which save first; `timings` are those of the start-up.
 
     Raises:
         RunError: with the reason and the last good checkpoint.
     """
-    metrics, step = run.config.metrics, int(run.state.step)
-    open_writer = partial(
-        MetricsWriter, metrics if hosts.is_first() else dataclasses.replace(metrics, write_metrics=False),
-        file=run.folder.metrics, tensorboard=run.folder.tensorboard, run_name=run.config.run.run_name, start=step,
-        finished=run.folder.finished_step == step,
-    )  # fmt: skip
+    timings = timings or Timings()
     try:
-        data = hosts.together(partial(feed, run))
-        writer = hosts.together(open_writer)
+        with timings.of("load_data"):
+            data = hosts.together(partial(feed, run))
+        writer = hosts.together(partial(_open_writer, run))
     except (ValueError, OSError) as error:
         raise RunError(str(error)) from error
     except jax.errors.JaxRuntimeError as error:
         raise explain(error, run, doing="encoding pictures") from error
     try:
-        return _train(run, data, writer)
+        return _train(run, data, writer, timings)
     except jax.errors.JaxRuntimeError as error:
         raise explain(error, run) from error
     finally:
         writer.close()
 
 
-def _train(run: Run, data: Feed, writer: MetricsWriter) -> Outcome:
+def _open_writer(run: Run) -> MetricsWriter:
+    """What the run's metrics are written by; the first process writes for all."""
+    metrics, step, folder = run.config.metrics, int(run.state.step), run.folder
+    tracker = None
+    if hosts.is_first():
+        place = folder.place if "://" in folder.place else str(folder.path.absolute())
+        name = run.config.run.run_name
+        tracker = open_tracker(metrics, folder=folder.path, run_name=name, place=place, flags=flat(run.config))
+    else:
+        metrics = dataclasses.replace(metrics, write_metrics=False)
+    return MetricsWriter(
+        metrics, file=folder.metrics, tensorboard=folder.tensorboard, run_name=run.config.run.run_name, start=step,
+        finished=folder.finished_step == step, tracker=tracker, upload=folder.upload,
+    )  # fmt: skip
+
+
+def _train(run: Run, data: Feed, writer: MetricsWriter, timings: Timings) -> Outcome:
     """The steps that are left, and what follows the last one."""
     config = run.config
     start = int(run.state.step)
@@ -74,17 +90,20 @@ def _train(run: Run, data: Feed, writer: MetricsWriter) -> Outcome:
     writer.text("config", f"```\n{to_yaml(run.config)}\n```")
     watch = Watch(start=start, total=run.total_steps, log_period=config.metrics.log_period, is_shown=hosts.is_first())
     state = run.state
-    batches = Batches(data, is_one=config.data.reuse_example_batch)
-    meter = Meter(run, writer, watch, data)
+    batches = Batches(data.stream, data.position, is_one=config.data.reuse_example_batch)
+    meter = Meter(run, writer, watch, data, timings)
+    validation = Validation(run, data)
 
     with Stop() as stop, jax.sharding.set_mesh(run.mesh), _step(run, data) as step_fn:
-        with watch:
+        with watch, _profiler(run, start) as profiler:
             for n in range(start + 1, run.total_steps + 1):
                 waited = -batches.waited
                 batch = explained(batches.next, run)
                 waited += batches.waited
                 shape = _pixels(batch, run)
-                state, metrics = step_fn(shape, state, data.frozen, _to_devices(batch, run), schedule)
+                with profiler.at(n) as keep:
+                    state, metrics = step_fn(shape, state, data.frozen, _to_devices(batch, run), schedule)
+                    keep(metrics)
                 # Read while the device works on this step: the loop never waits for the step it just began.
                 meter.flush()
                 meter.put(n, metrics, shape, waited)
@@ -95,16 +114,28 @@ def _train(run: Run, data: Feed, writer: MetricsWriter) -> Outcome:
                     meter.flush()
                     show(run, n, state, writer)
                     meter.restart()
+                if validation and _due(n, config.sample.eval_every, run.batch_size) and n < run.total_steps:
+                    meter.flush()
+                    _measure(run, n, state, validation, writer)
+                    meter.restart()
                 if _due(n, config.checkpoint.checkpoint_every, run.batch_size):
                     explained(batches.raise_failure, run)
                     meter.flush()
-                    _save(run, n, state, batches.next_index)
+                    if meter.in_a_row:
+                        log.error("step %d was not finite: no checkpoint is written of it", n)
+                    else:
+                        _send(run, writer)
+                        _save(run, n, state, batches.next_index)
                     meter.restart()
             meter.flush()
         explained(batches.raise_failure, run)
         step = int(state.step)
+        _send(run, writer)
         if not (_save(run, step, state, batches.next_index) and _written(run)):
             raise RunError(f"the checkpoint of step {step}, where the run stopped, could not be saved.")
+        if validation and not stop.now():
+            _measure(run, step, state, validation, writer)
+        writer.flush()
         retrieval = None if stop.now() else finish(run, step, state, writer, stop)
     return Outcome(step, stop.signal, retrieval)
 
@@ -130,6 +161,28 @@ def _pixels(batch: AnyBatch, run: Run) -> Size:
 
 def _to_devices(batch: AnyBatch, run: Run) -> AnyBatch:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(run.program.batch_sharding, x), batch)
+
+
+def _profiler(run: Run, start: int) -> Profiler:
+    """The profiler of the first process, for all."""
+    metrics = run.config.metrics
+    metrics = metrics if hosts.is_first() else dataclasses.replace(metrics, enable_profiler=False)
+    return Profiler(metrics, run.folder.tensorboard, start)
+
+
+def _send(run: Run, writer: MetricsWriter) -> None:
+    """Have the metrics where the run lies, so that they are never behind a checkpoint."""
+    writer.flush()
+    if hosts.is_first():
+        run.folder.send()
+
+
+def _measure(run: Run, n: int, state: TrainState, validation: Validation, writer: MetricsWriter) -> None:
+    """The held-out loss after step n."""
+    values = explained(partial(validation.measure, state), run)
+    writer.write(n, values)
+    shown = f", of the average {values['eval/loss_ema']:.4f}" if "eval/loss_ema" in values else ""
+    log.info("step %d: held-out loss %.4f%s", n, values["eval/loss"], shown)
 
 
 def _due(n: int, every: int, batch_size: int) -> bool:

@@ -1,5 +1,6 @@
 """What is measured of each step, read one step late so that the loop never waits for the device."""
 
+import logging
 import math
 import time
 from typing import Any
@@ -7,19 +8,28 @@ from typing import Any
 import numpy as np
 
 from sdxl_eqx.data.pictures import Size
+from sdxl_eqx.parallel import hosts
 from sdxl_eqx.training.errors import RunError, last_good
 from sdxl_eqx.training.feed import Feed
 from sdxl_eqx.training.flops import training_flops
 from sdxl_eqx.training.metrics import MetricsWriter, Watch
 from sdxl_eqx.training.setup import Run
+from sdxl_eqx.training.timings import Timings
+
+log = logging.getLogger("sdxl_eqx")
+
+DECILES = ("decile_sums", "decile_counts")
+"""Losses by tenths of the timesteps, which are metrics where there are samples of them."""
 
 
 class Meter:
     """Turns the arrays of a step into a record, one step late."""
 
-    def __init__(self, run: Run, writer: MetricsWriter, watch: Watch, data: Feed):
-        self.run, self.writer, self.watch, self.bad = run, writer, watch, data.bad
+    def __init__(self, run: Run, writer: MetricsWriter, watch: Watch, data: Feed, timings: Timings):
+        self.run, self.writer, self.watch, self.bad, self.timings = run, writer, watch, data.bad, timings
         self.pending: tuple[int, Any, Size, float] | None = None
+        self.skipped = self.in_a_row = 0
+        """Steps that were not finite and changed nothing: in all, and up to now."""
         self.clock = time.perf_counter()
         self.began: float | None = None
         self.first = 0
@@ -42,22 +52,30 @@ class Meter:
         """Wait for the remembered step and report it.
 
         Raises:
-            RunError: where it is not finite, so that no checkpoint of it is written over a good one.
+            RunError: where more than max_nonfinite_steps in a row were not finite.
         """
         if self.pending is None:
             return
         n, metrics, shape, waited = self.pending
         self.pending = None
-        values = {name: float(np.asarray(value)) for name, value in metrics.items()}
+        values = {name: float(np.asarray(value)) for name, value in metrics.items() if name not in DECILES}
+        sums, counts = (np.asarray(metrics[name]) for name in DECILES)
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
         loss, rate = values.pop("learning/loss"), float(np.asarray(self.run.rate(n - 1)))
+        self._count(n, loss, values["learning/grad_norm"])
         self.writer.write(
             n,
             {
                 "learning/loss": loss,
                 "learning/current_learning_rate": rate,
                 **values,
+                **{
+                    f"loss/t{100 * i:03d}_{100 * i + 99:03d}": float(sums[i] / counts[i])
+                    for i in range(10)
+                    if counts[i] > 0
+                },
+                "learning/skipped_steps": self.skipped,
                 "perf/step_time_seconds": seconds,
                 "perf/images_per_second": self.run.batch_size / seconds,
                 "perf/data_wait_seconds": waited,
@@ -66,15 +84,17 @@ class Meter:
                 "data/bad_samples": self.bad.count,
             },
         )
-        norm = values["learning/grad_norm"]
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        allowed = self.run.config.optim.max_nonfinite_steps
+        if self.in_a_row > allowed:
             raise RunError(
-                f"step {n}: loss {loss}, gradient norm {norm}: not finite. Lower --learning-rate, or add "
+                f"step {n}: loss {loss}, gradient norm {values['learning/grad_norm']}: not finite, as in "
+                f"{self.in_a_row} steps in a row (--max-nonfinite-steps {allowed}). Lower --learning-rate, or add "
                 f"--opt-enable-grad-global-norm-clipping. {last_good(self.run)}"
             )
         # The first step is mostly compiling: speed and time left are those of the steps after it.
         if self.began is None:
             self.began, self.first = now, n
+            self._report(n, seconds)
             speed, left, waiting = self.run.batch_size / seconds, 0.0, waited / seconds
         else:
             self.waited += waited
@@ -82,3 +102,19 @@ class Meter:
             speed, left = self.run.batch_size / each, each * (self.run.total_steps - n)
             waiting = self.waited / (now - self.began)
         self.watch.show(n, loss=loss, rate=rate, speed=speed, waiting=waiting, seconds_left=left)
+
+    def _report(self, n: int, seconds: float) -> None:
+        """How long it took to come as far as the first step's end, compilation and all."""
+        self.timings.add("first_step", seconds)
+        metrics, folder = self.run.config.metrics, self.run.folder
+        if hosts.is_first() and metrics.write_timing_metrics:
+            file = metrics.timing_metrics_file or str(folder.path / "timing.json")
+            self.timings.report(file=file, step=n, write=self.writer.write)
+
+    def _count(self, n: int, loss: float, norm: float) -> None:
+        """Count a step that was not finite."""
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.in_a_row = 0
+            return
+        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+        log.warning("step %d: loss %s, gradient norm %s: not finite, so that it changes nothing", n, loss, norm)

@@ -13,6 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tensorboardX import SummaryWriter
 
 from sdxl_eqx.config import MetricsConfig
+from sdxl_eqx.data.sources.files import is_local
+from sdxl_eqx.training.trackers import Wandb
 
 log = logging.getLogger("sdxl_eqx")
 
@@ -48,13 +50,34 @@ class MetricsWriter:
     """
 
     def __init__(
-        self, config: MetricsConfig, *, file: Path, tensorboard: Path, run_name: str, start: int, finished: bool = False
+        self,
+        config: MetricsConfig,
+        *,
+        file: Path,
+        tensorboard: Path,
+        run_name: str,
+        start: int,
+        finished: bool = False,
+        tracker: Wandb | None = None,
+        upload: Callable[[], Any] | None = None,
     ):
+        """`tracker` is told the same; `upload` is called when the files are whole, each log_period and at `flush`.
+
+        Raises:
+            ValueError: for a metrics_file that is not on this machine.
+        """
+        if not is_local(config.metrics_file):
+            raise ValueError(
+                f"--metrics-file {config.metrics_file}: must be a local file; the metrics of a run whose "
+                "--base-output-directory is on gs:// are there in any case."
+            )
         self.run_name = run_name
         self.log_period = config.log_period
         self.files = []
         self.board = None
         self.is_full = False
+        self.tracker = tracker
+        self.upload = upload
         if config.write_metrics:
             copies = [Path(config.metrics_file)] if config.metrics_file else []
             for path in [file, *copies]:
@@ -72,18 +95,31 @@ class MetricsWriter:
         if self.board is not None:
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)
-            if step % self.log_period == 0:
-                self._try(self.board.flush)
+        if self.tracker is not None:
+            self.tracker.write(step, values)
+        if step % self.log_period == 0:
+            self.flush()
+
+    def flush(self) -> None:
+        """Have all that was written in the files."""
+        if self.board is not None:
+            self._try(self.board.flush)
+        if self.upload is not None:
+            self.upload()
 
     def text(self, name: str, value: str) -> None:
         """A text on TensorBoard."""
         if self.board is not None:
             self.board.add_text(name, value, 0)
+        if self.tracker is not None:
+            self.tracker.text(name, value)
 
     def picture(self, name: str, picture, step: int) -> None:
         """A picture `[H, W, 3]` from 0 to 255 on TensorBoard."""
         if self.board is not None:
             self.board.add_image(name, picture, step, dataformats="HWC")
+        if self.tracker is not None:
+            self.tracker.picture(name, picture, step)
 
     def close(self) -> None:
         """Write what is left."""
@@ -91,6 +127,8 @@ class MetricsWriter:
             self._try(file.close)
         if self.board is not None:
             self._try(self.board.close)
+        if self.tracker is not None:
+            self.tracker.close()
 
     def _try(self, write: Callable[..., Any], *values: Any) -> None:
         try:

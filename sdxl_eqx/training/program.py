@@ -39,8 +39,8 @@ class Program:
     config: TrainConfig
     shapes: ModelShapes
     layout: Layout
-    batch_size: int
-    """Samples of one step on all devices."""
+    part_size: int
+    """Samples that all devices compute at once."""
     compute: Compute
     """Of the UNet."""
     encoding: Compute
@@ -55,16 +55,21 @@ class Program:
         """
         layout = Layout(make_mesh(config.parallel, devices), config.parallel.logical_axis_rules)
         layout.check()
-        batch_size = global_batch_size(config.optim.per_device_batch_size, layout.mesh, layout.batch)
+        part_size = global_batch_size(config.optim.per_device_batch_size, layout.mesh, layout.batch)
         resolution = config.data.resolution
         shapes.check_resolution(resolution)
         compute = unet_compute(
-            config, shapes.unet, layout, batch_size,
+            config, shapes.unet, layout, part_size,
             side=resolution // shapes.vae.downscale,
             memory=memory,
             encoders=Encoding.of(shapes, layout, config.data),
         )  # fmt: skip
-        return cls(config, shapes, layout, batch_size, compute, encoding_compute(config, layout))
+        return cls(config, shapes, layout, part_size, compute, encoding_compute(config, layout))
+
+    @property
+    def batch_size(self) -> int:
+        """Samples of one step on all devices, one part after the other."""
+        return self.part_size * self.config.optim.gradient_accumulation_steps
 
     @property
     def mesh(self) -> Mesh:
@@ -92,7 +97,8 @@ class Program:
         optim = self.config.optim
         return StepConfig(
             self.shapes.vae.scaling_factor, self.dtype, self.compute, self.encoding, optim.ema_decay, optim.ema_every,
-            self.layout if self.mesh.size > 1 else None,
+            self.layout if self.mesh.size > 1 else None, optim.gradient_accumulation_steps, self.config.loss,
+            self.config.timestep_bias,
         )  # fmt: skip
 
     def state(self, optimizer: optax.GradientTransformation) -> TrainState:

@@ -5,7 +5,6 @@ import logging
 import math
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,11 +24,13 @@ from sdxl_eqx.parallel.devices import choose_hardware, memory
 from sdxl_eqx.parallel.mesh import describe
 from sdxl_eqx.parallel.specs import ACTIVATIONS, WEIGHTS, Layout
 from sdxl_eqx.training.checkpoint import Checkpoints, Saved
-from sdxl_eqx.training.inputs import cut_captions, read_data_and_model
+from sdxl_eqx.training.inputs import Inputs, cut_captions, read_data_and_model
 from sdxl_eqx.training.optimizer import learning_rate, make_optimizer
 from sdxl_eqx.training.program import Program
 from sdxl_eqx.training.run_folder import RunFolder, new_name
 from sdxl_eqx.training.state import TrainState, new_state
+from sdxl_eqx.training.timings import Timings
+from sdxl_eqx.training.trackers import check_tracker
 
 log = logging.getLogger("sdxl_eqx")
 
@@ -44,14 +45,23 @@ class Run:
     checkpoints: Checkpoints
     program: Program
     total_steps: int
-    source: Source | LatentRecords
-    parts: ModelParts
+    inputs: Inputs
     encoders: Encoders
     state: TrainState
     optimizer: optax.GradientTransformation
     rate: optax.Schedule
     data_position: dict[str, int]
     """Where the run was saved: its next_batch and batch_size; empty at the beginning."""
+
+    @property
+    def source(self) -> Source | LatentRecords:
+        """The samples."""
+        return self.inputs.source
+
+    @property
+    def parts(self) -> ModelParts:
+        """The model, read but for its weights."""
+        return self.inputs.parts
 
     @property
     def layout(self) -> Layout:
@@ -79,11 +89,11 @@ class Run:
 class Finished:
     """A run of that name is done already."""
 
-    folder: Path
+    folder: str
     step: int
 
 
-def prepare(config: TrainConfig) -> Run | Finished:
+def prepare(config: TrainConfig, timings: Timings | None = None) -> Run | Finished:
     """Read and check all input, lay the model out on the devices, and find where the run goes on.
 
     How a run starts: a run_name without a folder starts anew, from the model folder's UNet or a random one; with
@@ -94,13 +104,17 @@ def prepare(config: TrainConfig) -> Run | Finished:
             the model alone does not fit the devices.
     """
     configure_jax(config.run, config.model.precision)
-    plan = hosts.together(partial(_Plan.make, config))
+    timings = timings or Timings()
+    hosts.together(partial(check_tracker, config.metrics))
+    with timings.of("read_inputs"):
+        plan = hosts.together(partial(_Plan.make, config))
     _check_same_everywhere(plan)
     name = hosts.agree(config.run.run_name or new_name())
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, run_name=name))
     folder = hosts.together(partial(RunFolder.open, config.run.root, name, is_first=hosts.is_first()))
     try:
-        return _open(config, plan, folder)
+        with timings.of("load_model"):
+            return _open(config, plan, folder)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -116,8 +130,7 @@ class _Plan:
 
     program: Program
     total_steps: int
-    source: Source | LatentRecords
-    parts: ModelParts
+    inputs: Inputs
 
     @classmethod
     def make(cls, config: TrainConfig) -> "_Plan":
@@ -130,17 +143,17 @@ class _Plan:
         for name, axes in config.parallel.logical_axis_rules:
             if name not in WEIGHTS + ACTIVATIONS and (name, axes) not in ParallelConfig.logical_axis_rules:
                 log.info("logical_axis_rules %s: %s has no effect here: no dimension is named so", name, list(axes))
-        source, parts = read_data_and_model(config)
-        program = Program.make(config, parts, devices, memory(devices))
+        inputs = read_data_and_model(config)
+        program = Program.make(config, inputs.parts, devices, memory(devices))
         total_steps = config.optim.max_train_steps
         if total_steps == -1:
-            total_steps = math.ceil(config.optim.num_train_epochs * len(source) / program.batch_size)
-        return cls(program, total_steps, source, parts)
+            total_steps = math.ceil(config.optim.num_train_epochs * inputs.trained_on / program.batch_size)
+        return cls(program, total_steps, inputs)
 
 
 def _open(config: TrainConfig, plan: _Plan, folder: RunFolder) -> Run | Finished:
     """The run in its folder: begun, resumed, or found to be finished."""
-    program, layout, parts = plan.program, plan.program.layout, plan.parts
+    program, layout, inputs, parts = plan.program, plan.program.layout, plan.inputs, plan.inputs.parts
     checkpoints = Checkpoints(
         folder.checkpoints,
         keep=config.checkpoint.checkpoints_to_keep,
@@ -154,11 +167,11 @@ def _open(config: TrainConfig, plan: _Plan, folder: RunFolder) -> Run | Finished
         if step >= plan.total_steps and folder.finished_step == step:
             checkpoints.close()
             folder.close()
-            return Finished(folder.path, step)
+            return Finished(folder.place, step)
 
     log.info(
-        "%s: %d samples (%s), batches of %d on %s, %d steps", folder.path, len(plan.source),
-        cut_captions(plan.source, parts, config.data), program.batch_size, describe(layout.mesh), plan.total_steps,
+        "%s: %d samples (%s), batches of %d on %s, %d steps", folder.place, inputs.trained_on,
+        cut_captions(inputs.source, parts, config.data), program.batch_size, describe(layout.mesh), plan.total_steps,
     )  # fmt: skip
     unet_key, encoders_key, state_key = jr.split(jr.key(config.run.seed), 3)
     encoders = hosts.together(partial(parts.encoders, config.model, layout, key=encoders_key))
@@ -172,12 +185,12 @@ def _open(config: TrainConfig, plan: _Plan, folder: RunFolder) -> Run | Finished
         _warn_if_frozen(state.unet, config)
     else:
         state = hosts.together(partial(checkpoints.restore, step, program.state(optimizer)))
-        log.info("resuming %s at step %d of %d", folder.path, step, plan.total_steps)
+        log.info("resuming %s at step %d of %d", folder.place, step, plan.total_steps)
     hosts.together(partial(folder.write_config, to_yaml(config)))
     # Memory differs by a few bytes from host to host, the program may not.
     program = program.with_remat(hosts.agree(program.compute.remat))
     return Run(
-        config, folder, checkpoints, program, plan.total_steps, plan.source, parts, encoders, state, optimizer, rate,
+        config, folder, checkpoints, program, plan.total_steps, inputs, encoders, state, optimizer, rate,
         {} if saved is None else saved.data,
     )  # fmt: skip
 
@@ -194,8 +207,8 @@ def _check_same_everywhere(plan: _Plan) -> None:
     for what, value in (
         ("steps", plan.total_steps),
         ("samples a step", plan.program.batch_size),
-        ("pictures", len(plan.source)),
-        ("a UNet of", plan.parts.unet.to_json()),
+        ("pictures", len(plan.inputs.source)),
+        ("a UNet of", plan.inputs.parts.unet.to_json()),
     ):
         hosts.same(value, what)
     hosts.same({key: value for key, value in flat(plan.program.config).items() if key not in OF_A_HOST}, "the flags")

@@ -1,6 +1,7 @@
 """Pictures of a run: grids of samples, and how often a caption's picture is the nearest one."""
 
 import logging
+import shlex
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -99,3 +100,22 @@ def save_pictures(pictures: np.ndarray, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for i, picture in enumerate(pictures):
         Image.fromarray(picture).save(folder / f"{i:02d}.png")
+
+
+def farewell(run: Run, step: int, *, was_stopped: bool) -> str:
+    """What a run leaves and how to go on, for the person who ran it."""
+    place, dtype = run.folder.place, run.config.checkpoint.export_dtype
+    again = f"python scripts/train.py --config {shlex.quote(str(run.folder.config))}"
+    if "://" in place:
+        root, _, name = place.rpartition("/")
+        again = f"python scripts/train.py --base-output-directory {root} --run-name {name} ... (the same flags)"
+    if was_stopped:
+        return f"saved at step {step}; continue with:\n{again}"
+    return (
+        f"\ndone: {place}\n  samples/     pictures drawn while training\n"
+        "  checkpoints/ to resume or load with load_unet\n"
+        f"  export/      diffusers folder in {dtype}\n  tensorboard/ tensorboard --logdir {place}/tensorboard\n"
+        f"Load it: StableDiffusionXLPipeline.from_pretrained({place + '/export'!r}, torch_dtype=torch.{dtype})\n"
+        f"Draw with it: python scripts/generate.py --pretrained-model-name-or-path {shlex.quote(place)} --prompt ...\n"
+        f"Train on, with more --max-train-steps:\n{again}"
+    )

@@ -18,6 +18,7 @@ from tiny_step import TEXT, TEXT_2, UNET, VAE_CONFIG
 from sdxl_eqx.config import DataConfig, DiffusionSchedulerConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from sdxl_eqx.data.batch import Batch, LatentBatch, LatentTextBatch
 from sdxl_eqx.data.sources.folder import ImageFolder
+from sdxl_eqx.diffusion.schedule import Schedule
 from sdxl_eqx.loading import ModelParts
 from sdxl_eqx.parallel.specs import put
 from sdxl_eqx.training.feed import Batches, feed
@@ -57,11 +58,11 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def losses(pictures, unet, encoders, schedule, tmp_path_factory):
+def losses(pictures, unet, encoders, tmp_path_factory):
     """Trains a few steps; the kind of its batches, and the loss of each."""
     read = ModelParts.read(ModelConfig("asset:tiny-sdxl", train_new_unet=True), DiffusionSchedulerConfig(), token="")
     parts = dataclasses.replace(read, unet=UNET, vae=VAE_CONFIG, text=TEXT, text_2=TEXT_2, model=Model({}, {}))
-    cache, compiled = tmp_path_factory.mktemp("cache"), {}
+    cache, compiled, schedule = tmp_path_factory.mktemp("cache"), {}, Schedule(parts.schedule)
 
     def train(*, cached: bool, **data: Any) -> tuple[type, list[float]]:
         config = TrainConfig(
@@ -82,7 +83,7 @@ def losses(pictures, unet, encoders, schedule, tmp_path_factory):
         run.state = jax.jit(start, out_shardings=run.layout.whole)(unet)
         found = feed(run)
         assert (found.frozen is None) == (cached and not config.data.caption_shuffle)
-        batches = Batches(found)
+        batches = Batches(found.stream, found.position)
         state, seen, kind = run.state, [], Batch
         with jax.sharding.set_mesh(run.mesh):
             for _ in range(STEPS):

@@ -19,6 +19,7 @@ from sdxl_eqx.loading import ModelParts
 from sdxl_eqx.models.sdxl import Encoders
 from sdxl_eqx.training import caching
 from sdxl_eqx.training.caching import CacheSummary, cache_dataset
+from sdxl_eqx.training.inputs import Inputs
 from sdxl_eqx.weights.model import Model
 
 N = 4
@@ -68,12 +69,12 @@ def opened(monkeypatch, encoders: Encoders) -> list[Any]:
     parts = dataclasses.replace(read, unet=UNET, vae=VAE_CONFIG, text=TEXT, text_2=TEXT_2, model=Model({}, {}))
     found: list[Any] = []
 
-    def open_them(config: TrainConfig) -> tuple[Any, ModelParts]:
+    def open_them(config: TrainConfig) -> Inputs:
         source = ImageFolder(config.data.train_data_dir)
         if config.data.dataset_type == "tfrecord":
             source = object.__new__(LatentRecords)
         found.append(source)
-        return source, parts
+        return Inputs(source, parts, np.zeros(0, int))
 
     monkeypatch.setattr(caching, "read_data_and_model", open_them)
     monkeypatch.setattr(ModelParts, "encoders", lambda self, config, layout, *, key: encoders)

@@ -280,10 +280,12 @@ def test_pictures_that_cannot_be_used_are_counted_once_named_and_left_out(job, c
     assert again.new == (0, 0) and set(again.bad.reasons) == set(done.bad.reasons)
 
 
-def test_too_many_bad_pictures_end_encoding_with_the_remedy(job):
-    made = job()
+def test_too_many_bad_pictures_end_encoding_as_soon_as_they_are_met_with_the_remedy(job, monkeypatch):
+    chunks = []
+    monkeypatch.setattr(encoding, "_write_pictures", lambda *args: chunks.append(args))
     with pytest.raises(ValueError, match=r"10 of 10 samples cannot be used.*--max-bad-fraction"):
-        made(Pictures(torn=tuple(range(N))))
+        job()(Pictures(torn=tuple(range(N))))
+    assert len(chunks) == 1  # not that of the tenth
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])

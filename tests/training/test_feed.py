@@ -8,11 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sdxl_eqx.data.bad import BadItems
 from sdxl_eqx.data.batch import LatentBatch
-from sdxl_eqx.data.buckets import one_bucket
 from sdxl_eqx.parallel import hosts
-from sdxl_eqx.training.feed import Batches, Feed, next_batch
+from sdxl_eqx.training.feed import Batches, next_batch
 from sdxl_eqx.training.setup import Run
 
 STEP = 7
@@ -39,8 +37,7 @@ def test_a_run_that_saved_no_position_goes_on_at_the_batch_of_its_step():
 
 
 def batches(read, *, position=0, is_one=False) -> Batches:
-    feed = Feed(iter(read, None), None, one_bucket(np.ones(4, bool), 16), BadItems(4, 0.0), position)
-    return Batches(feed, is_one=is_one)
+    return Batches(iter(read, None), position, is_one=is_one)
 
 
 def first(one: Batches) -> float:

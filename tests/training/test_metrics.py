@@ -113,6 +113,31 @@ def test_a_full_disk_is_said_once_and_training_goes_on(tmp_path, caplog):
         assert "metrics are not written: [Errno 28] No space left on device" in said
 
 
+def test_the_files_are_whole_when_they_are_sent_each_period_and_when_it_is_asked_for(tmp_path):
+    sent = []
+
+    def upload():
+        events = sum(file.stat().st_size for file in (tmp_path / "tensorboard").iterdir())
+        sent.append(((tmp_path / "metrics.jsonl").read_text().count("\n"), events))
+
+    metrics = MetricsWriter(
+        MetricsConfig(log_period=2), file=tmp_path / "metrics.jsonl", tensorboard=tmp_path / "tensorboard",
+        run_name="x", start=0, upload=upload,
+    )  # fmt: skip
+    for n in range(1, 6):
+        metrics.write(n, {"learning/loss": 0.5})
+    metrics.flush()
+    metrics.close()
+    lines, events = zip(*sent, strict=True)
+    assert lines == (2, 4, 5) and 0 < events[0] < events[1] < events[2]
+
+
+def test_a_copy_in_a_bucket_is_refused_with_the_remedy(tmp_path):
+    with pytest.raises(ValueError, match=r"--metrics-file gs://bucket/m.jsonl: must be a local file.*gs://"):
+        writer(tmp_path, metrics_file="gs://bucket/m.jsonl")
+    assert not list(tmp_path.iterdir())
+
+
 PROGRAM = """
 import sys
 from pathlib import Path

@@ -7,7 +7,8 @@ import optax
 import pytest
 
 from sdxl_eqx.config import OptimConfig
-from sdxl_eqx.training.optimizer import make_optimizer, stochastic_round
+from sdxl_eqx.training.optimizer import make_optimizer
+from sdxl_eqx.training.rounding import stochastic_round
 
 
 @pytest.mark.parametrize("value", [1.0, 1.001, -3.3e-5, 1e-30, 0.0])

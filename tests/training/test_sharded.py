@@ -75,10 +75,11 @@ def test_what_the_encoders_make_of_pictures_is_that_of_one_device(batch, encoder
     where = layout.shardings(jax.eval_shape(lambda: encoders))
     assert any(s.spec != P() for s in jax.tree.leaves(where.text_encoder))
     sharded = jax.jit(
-        partial(encode, config=on(layout), key=jr.key(3)),
-        in_shardings=(where, batch_sharding(layout.mesh, AXES, 8)),
+        partial(encode, config=on(layout)),
+        in_shardings=(where, *[batch_sharding(layout.mesh, AXES, 8)] * 2),
         compiler_options=QUICK,
     )
-    wanted = encode(None, latents, config=step_config(), key=jr.key(3))
-    for x, y in zip(*map(jax.tree.leaves, (sharded(encoders, batch), wanted)), strict=True):
+    noise = jr.normal(jr.key(3), latents.mean.shape)
+    wanted = encode(None, latents, noise, config=step_config())
+    for x, y in zip(*map(jax.tree.leaves, (sharded(encoders, batch, noise), wanted)), strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-5)

@@ -1,3 +1,5 @@
+import dataclasses
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -24,7 +26,8 @@ def test_a_step_moves_every_array_of_the_unet_and_counts(unet, latents, schedule
     state = begin(unet)
     after, metrics = step(state, None, latents, schedule)
     assert int(after.step) == 1
-    assert metrics.keys() == {"learning/loss", "learning/grad_norm"}
+    norms = {f"learning/{name}_norm" for name in ("grad", "update", "param")}
+    assert metrics.keys() == {"learning/loss", "decile_sums", "decile_counts", *norms}
     same = [np.array_equal(x, y) for x, y in zip(words(unet), words(after.unet), strict=True)]
     assert not any(same)
     assert_equal(state.key, after.key)
@@ -68,7 +71,7 @@ def test_pictures_and_cached_latents_give_the_same_step(unet, batch, latents, en
 
 def test_pictures_without_encoders_are_refused(batch):
     with pytest.raises(ValueError, match="needs encoders"):
-        encode(None, batch, config=step_config(), key=jr.key(0))
+        encode(None, batch, jnp.zeros((8, 8, 8, 4)), config=step_config())
 
 
 def test_the_average_follows_its_formula(unet, latents, schedule, step):
@@ -104,3 +107,37 @@ def test_bfloat16_activations_keep_the_state_in_float32(unet, latents, schedule,
     _, exact = step(state, None, latents, schedule)
     assert metrics["learning/loss"].dtype == jnp.float32
     assert 0 < abs(float(metrics["learning/loss"] - exact["learning/loss"])) < 0.05
+
+
+def test_a_batch_in_parts_gives_the_update_of_the_whole(unet, latents, schedule, step):
+    in_parts = jax.jit(function(dataclasses.replace(step_config(), parts=4)), compiler_options=QUICK)
+    one, two = begin(unet), begin(unet)
+    for _ in range(2):
+        one, whole = step(one, None, latents, schedule)
+        two, parts = in_parts(two, None, latents, schedule)
+        for name in whole:
+            np.testing.assert_allclose(parts[name], whole[name], rtol=1e-5, atol=1e-5, err_msg=name)
+    for x, y in zip(words(one.unet), words(two.unet), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-5)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_its_number(unet, latents, schedule, step):
+    state, _ = step(begin(unet), None, latents, schedule)
+    broken = dataclasses.replace(latents, mean=np.where(np.arange(8)[:, None, None, None] == 3, np.nan, latents.mean))
+    after, metrics = step(state, None, broken, schedule)
+    assert not np.isfinite(metrics["learning/loss"]) and int(after.step) == int(state.step) + 1
+    assert_equal((after.unet, after.opt_state, after.ema), (state.unet, state.opt_state, state.ema))
+    again, metrics = step(after, None, latents, schedule)
+    assert np.isfinite(metrics["learning/loss"])
+    assert any((x != y).any() for x, y in zip(words(again.unet), words(after.unet), strict=True))
+
+
+def test_losses_by_timestep_and_the_norms_are_those_of_the_step(unet, latents, schedule, step):
+    state = begin(unet)
+    after, metrics = step(state, None, latents, schedule)
+    assert metrics["decile_counts"].sum() == 8
+    np.testing.assert_allclose(metrics["decile_sums"].sum() / 8, metrics["learning/loss"], rtol=1e-5)
+    changes = [y - x for x, y in zip(words(state.unet), words(after.unet), strict=True)]
+    for name, arrays in (("update", changes), ("param", words(after.unet))):
+        norm = np.sqrt(sum(np.sum(np.square(x, dtype=np.float64)) for x in arrays))
+        np.testing.assert_allclose(metrics[f"learning/{name}_norm"], norm, rtol=1e-4)
