@@ -172,7 +172,7 @@ class UNet(eqx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "b h w c"],
+        x: Float[Array, "b h w c_in"],
         timestep: Float[Array, " b"],
         context: Float[Array, "b s e"],
         pooled: Float[Array, "b p"],
@@ -180,7 +180,7 @@ class UNet(eqx.Module):
         *,
         control: Control | None = None,
         compute: Compute = Compute(),
-    ) -> Float[Array, "b h w c"]:
+    ) -> Float[Array, "b h w c_out"]:
         """Predict noise (or velocity) in latents `x`.
 
         `timestep` is from 0 to 999; `context` the text of both encoders; `pooled` that of the second; `time_ids` are

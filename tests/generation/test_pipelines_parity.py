@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,11 @@ def without(asked: dict[str, Any], *names: str) -> dict[str, Any]:
     return {key: value for key, value in asked.items() if key not in names}
 
 
+def slow_but(cases: Iterable[Any], *quick: Any) -> list[Any]:
+    """The cases, of which those that are not among `quick` run where slow tests are asked for: each compiles anew."""
+    return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+
+
 TEXT_TO_IMAGE: dict[str, dict[str, Any]] = {
     "an absent negative prompt": {},
     "a negative prompt": {"negative_prompt": "blurry"},
@@ -69,13 +74,14 @@ TEXT_TO_IMAGE: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", TEXT_TO_IMAGE)
+@pytest.mark.parametrize("case", slow_but(TEXT_TO_IMAGE, *[*TEXT_TO_IMAGE][:5]))
 def test_text_to_image(case: str, pipeline: Pipeline, pipe: Any):
     # One picture: of two, diffusers 0.42 gives the second half the sizes of the first (it repeats after it joins).
     asked = {**COMMON, **TEXT_TO_IMAGE[case]}
     assert_twins(draw_ours(pipeline, PROMPT, SEED, **asked), draw_theirs(pipe, PROMPT, SEED, **asked))
 
 
+@pytest.mark.slow
 def test_two_pictures_at_once_without_guidance(pipeline: Pipeline, pipe: Any):
     asked = {**COMMON, "guidance_scale": 1.0}
     prompts, seeds = [PROMPT, "wow"], [3, 8]
@@ -106,7 +112,7 @@ def with_scheduler(folder: Path, name: str, **changes: Any) -> Pipeline:
     return load_ours(folder, **{f"diffusion_scheduler_config.{key}": value for key, value in flags.items()})
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", slow_but(SCHEDULERS, "DPMSolverMultistepScheduler"))
 def test_another_scheduler(name: str, folder: Path, pipe: Any):
     changes = SCHEDULERS[name]
     ours = draw_ours(with_scheduler(folder, name, **changes), PROMPT, SEED, **COMMON)
@@ -119,8 +125,8 @@ STRENGTHS = {0.3: 10, 0.7: 5, 1.0: 3}
 """And of how many steps they are three."""
 
 
-@pytest.mark.parametrize("strength", STRENGTHS)
-@pytest.mark.parametrize("name", [EULER, DPM])
+@pytest.mark.parametrize("strength", slow_but(STRENGTHS, 0.7))
+@pytest.mark.parametrize("name", slow_but([EULER, DPM], EULER))
 def test_image_to_image(name: str, strength: float, folder: Path, pipe: Any):
     asked = {**COMMON, "strength": strength, "num_inference_steps": STRENGTHS[strength], "image": small.picture(SIZE)}
     other = their_kind(pipe, "StableDiffusionXLImg2ImgPipeline", scheduler=their_scheduler(pipe, name))
@@ -156,13 +162,13 @@ def their_painting(pipe: Any, asked: dict[str, Any], scheduler: str, **parts: An
     return draw_theirs(other, PROMPT, SEED, **without(asked, "mask"), mask_image=asked["mask"])
 
 
-@pytest.mark.parametrize("case", PAINTED)
+@pytest.mark.parametrize("case", slow_but(PAINTED, "some steps over a picture and a mask of other sizes"))
 def test_inpainting(case: str, folder: Path, pipe: Any):
     asked, name = painting(case), PAINTED[case][0]
     assert_twins(draw_ours(with_scheduler(folder, name), PROMPT, SEED, **asked), their_painting(pipe, asked, name))
 
 
-@pytest.mark.parametrize("case", [*PAINTED][:3])
+@pytest.mark.parametrize("case", slow_but([*PAINTED][:3], "nearly all steps"))
 def test_inpainting_by_a_unet_that_sees_mask_and_picture(case: str, folder: Path, inpainting_unet: Path, pipe: Any):
     asked = painting(case)
     unet = theirs.UNet2DConditionModel.from_pretrained(inpainting_unet, local_files_only=True)
@@ -244,7 +250,7 @@ STEERED: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", STEERED)
+@pytest.mark.parametrize("case", slow_but(STEERED, "two of them"))
 def test_controlnets(case: str, nets: tuple[str, str], folder: Path, pipe: Any):
     asked = STEERED[case]
     count = len(asked["controlnet_conditioning_scale"])
@@ -257,7 +263,7 @@ def test_controlnets(case: str, nets: tuple[str, str], folder: Path, pipe: Any):
     assert_twins(draw_ours(pipeline, PROMPT, SEED, hints=hints, **COMMON), wanted)
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["encodes", "zeros"])
+@pytest.fixture(scope="module", params=slow_but([False, True], False), ids=["encodes", "zeros"])
 def refiner(request: pytest.FixtureRequest, pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     """diffusers' pipeline of a refiner, and the folder that it saves; what an absent negative prompt is it says."""
     to = tmp_path_factory.mktemp("refiners") / "refiner"
@@ -274,7 +280,7 @@ def refiner(request: pytest.FixtureRequest, pipe: Any, tmp_path_factory: pytest.
 
 @pytest.mark.parametrize(("steps", "until", "changes"), [
     (4, 0.8, {"negative_prompt": "blurry", "prompt_2": "oil on canvas"}),
-    (6, 0.6, {"aesthetic_score": 7.5, "negative_aesthetic_score": 1.0}),
+    pytest.param(6, 0.6, {"aesthetic_score": 7.5, "negative_aesthetic_score": 1.0}, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_a_refiner_draws_the_last_steps(
     steps: int, until: float, changes: dict[str, Any], refiner: tuple[Any, Path], folder: Path, pipe: Any

@@ -280,7 +280,8 @@ class Tracer:
             state = jax.tree_util.tree_map(lambda x: x, state)
             object.__setattr__(state, "step", jax.device_put(jnp.int32(n), state.step.sharding))
             loss = jnp.float32(jnp.nan if n == self.nan_at else 1 / n)
-            return state, {"learning/loss": loss, "learning/grad_norm": jnp.float32(1)}
+            deciles = dict.fromkeys(("decile_sums", "decile_counts"), jnp.zeros(10))
+            return state, {"learning/loss": loss, "learning/grad_norm": jnp.float32(1), **deciles}
 
         return step
 
@@ -301,7 +302,7 @@ def test_a_model_in_the_hubs_cache_is_read_while_the_hub_is_out_of_reach(
     store(model, hub, "someone/small", "0123456789abcdef0123456789abcdef01234567")
     began = []
 
-    def fit(run: Any) -> Any:
+    def fit(run: Any, timings: Any) -> Any:
         began.append(run)
         raise loop.RunError("far enough")
 
@@ -387,15 +388,29 @@ def test_out_of_memory_names_batch_and_remat_and_the_last_good_checkpoint(main: 
     assert [p.name for p in (tmp_path / "outputs" / "run" / "checkpoints").iterdir()] == ["2"]
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(main: Main, counted, flags, tmp_path: Path):
+def test_more_steps_in_a_row_than_may_be_that_are_not_finite_end_the_run_before_they_are_saved(
+    main: Main, counted, flags, tmp_path: Path
+):
     counted(nan_at=4)
     uncached = "--no-cache-latents-text-encoder-outputs"
-    code, said = main(*flags(), uncached, "--checkpoint-every", "16")
+    code, said = main(*flags(), uncached, "--checkpoint-every", "16", "--max-nonfinite-steps", "0")
     assert code == 2, said
     (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
     assert "step 4: loss nan" in line and "--learning-rate" in line and "that of step 2" in line
     assert [p.name for p in (tmp_path / "outputs" / "run" / "checkpoints").iterdir()] == ["2"]
     assert not (tmp_path / "outputs" / "run" / "export").exists()
+
+
+def test_a_step_that_is_not_finite_is_said_and_counted_and_not_saved(main: Main, counted, flags, tmp_path: Path):
+    counted(nan_at=4)
+    uncached = "--no-cache-latents-text-encoder-outputs"
+    code, said = main(*flags(), uncached, "--checkpoint-every", "16")
+    folder = tmp_path / "outputs" / "run"
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert code == 0, said
+    assert "step 4: loss nan, gradient norm 1.0: not finite, so that it changes nothing" in said
+    assert "step 4 was not finite: no checkpoint is written of it" in said
+    assert [record["learning/skipped_steps"] for record in records if "learning/loss" in record][3:] == [1, 1, 1]
 
 
 def test_any_other_error_of_the_device_is_not_called_out_of_memory(main: Main, counted, flags):
