@@ -61,7 +61,7 @@ def their_step(unet: Any, optimizer: Any, ddpm: Any, inputs: Any, draws: Draws, 
 
     torch = theirs.torch
     x0, eps = theirs.to_torch(inputs["x"]), theirs.to_torch(draws.eps)
-    t = torch.from_numpy(np.asarray(draws.t)).long()
+    t = torch.from_numpy(np.array(draws.t)).long()
     prediction = theirs.call_unet(unet, ddpm.add_noise(x0, eps, t), t, inputs)
     is_epsilon = ddpm.config.prediction_type == "epsilon"
     target = eps if is_epsilon else ddpm.get_velocity(x0, eps, t)
@@ -77,7 +77,9 @@ def their_step(unet: Any, optimizer: Any, ddpm: Any, inputs: Any, draws: Draws, 
     return float(loss.detach())
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] if "SNR 5" in case else []) for case in CASES]
+)
 def test_a_hundred_steps_are_those_of_pytorch(case: str):
     loss_config, schedule_config = CASES[case]
     inputs, given = batch()
