@@ -22,6 +22,7 @@ from sdxl_eqx.diffusion.schedule import Schedule
 from sdxl_eqx.loading import ModelParts
 from sdxl_eqx.parallel.specs import put
 from sdxl_eqx.training.feed import Batches, feed
+from sdxl_eqx.training.inputs import Inputs
 from sdxl_eqx.training.program import Program
 from sdxl_eqx.training.setup import Run
 from sdxl_eqx.training.state import new_state
@@ -76,7 +77,8 @@ def losses(pictures, unet, encoders, tmp_path_factory):
             ),
         )  # fmt: skip
         run: Any = object.__new__(Run)
-        run.config, run.source, run.parts, run.data_position = config, ImageFolder(str(pictures)), parts, {}
+        run.config, run.data_position = config, {}
+        run.inputs = Inputs(ImageFolder(str(pictures)), parts, np.zeros(0, int))
         run.program = Program.make(config, parts, jax.devices()[:1], None)
         run.encoders = jax.tree.map(put, encoders, run.layout.shardings(encoders))
         start = partial(new_state, optimizer=SGD, ema=False, key=jr.key(7))
