@@ -246,7 +246,7 @@ run_text = strict(lambda encoder, ids: encoder(ids))
 
 @strict
 def loss_and_gradient(unet: UNet, schedule: Schedule, inputs: Tensors, compute: Compute) -> tuple[jax.Array, UNet]:
-    """`denoising_loss` at the inputs, and its gradient."""
+    """`training_loss` at the inputs, and its gradient."""
     cond = conditioning(inputs)
 
     def loss(model: UNet) -> jax.Array:

@@ -36,6 +36,7 @@ from transformers import CLIPTextConfig, FlaxCLIPTextModel, FlaxCLIPTextModelWit
 TESTS = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(TESTS), str(TESTS / "weights"), str(TESTS.parent)]
 
+# Below, since the path must be set first.
 import parity_models as tiny  # noqa: E402
 import test_flax as ours  # noqa: E402
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from sdxl_eqx.config.shared import SCHEDULERS
 from sdxl_eqx.sampling.schedulers.scheduler import NAMES, Scheduler, scheduler_name
 
 SDXL_FILE: dict[str, Any] = {
@@ -107,3 +108,7 @@ def test_an_unknown_class_is_refused_with_the_choices():
         Scheduler.from_json(SDXL_FILE, class_name="Euler")
     with pytest.raises(ValueError, match="TCDScheduler"):
         Scheduler.from_json({**SDXL_FILE, "_class_name": "TCDScheduler"})
+
+
+def test_the_flags_know_the_samplers_that_there_are():
+    assert SCHEDULERS == NAMES
