@@ -25,8 +25,13 @@ def begin_jax(machine: MachineConfig) -> None:
 
 
 def configure_jax(machine: MachineConfig, precision: str) -> None:
-    """JAX's global settings: matrix precision (DEFAULT, HIGH or HIGHEST) and the persistent compile cache."""
+    """JAX's global settings: matrix precision (DEFAULT, HIGH or HIGHEST) and the persistent compile cache.
+
+    Several CPU devices go without the cache: of a program that XLA read from there, the collectives have lost their
+    order, and two devices that begin with different ones wait for each other for ever.
+    """
     names = {"DEFAULT": None, "HIGH": "high", "HIGHEST": "highest"}
     jax.config.update("jax_default_matmul_precision", names[precision])
     cache = machine.jax_cache_dir or str(Path.home() / ".cache" / "sdxl_eqx" / "jax")
-    jax.config.update("jax_compilation_cache_dir", None if cache == "none" else cache)
+    several = jax.default_backend() == "cpu" and jax.device_count() > 1
+    jax.config.update("jax_compilation_cache_dir", None if several or cache == "none" else cache)
