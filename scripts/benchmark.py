@@ -4,10 +4,10 @@ import sys
 
 import tyro
 
-from sdxl_eqx.benchmarks.config import DataBenchmark
+from sdxl_eqx.benchmarks.config import DataBenchmark, GenerateBenchmark
 from sdxl_eqx.console import talk
 
-COMMANDS = {"data": DataBenchmark}
+COMMANDS = {"data": DataBenchmark, "generate": GenerateBenchmark}
 
 
 def main() -> int:
@@ -22,15 +22,19 @@ def main() -> int:
     return 0
 
 
-def measure(config: DataBenchmark) -> None:
+def measure(config: DataBenchmark | GenerateBenchmark) -> None:
     """Run what a subcommand asks for. Each is imported here, so that --help and wrong flags answer at once."""
-    if isinstance(config, DataBenchmark):
-        import jax
+    import jax
 
+    jax.config.update("jax_platforms", "cpu")  # none needs an accelerator
+    if isinstance(config, DataBenchmark):
         from sdxl_eqx.benchmarks import data
 
-        jax.config.update("jax_platforms", "cpu")  # the data need no accelerator
         data.measure(config)
+    else:
+        from sdxl_eqx.benchmarks import drawing
+
+        drawing.measure(config)
 
 
 if __name__ == "__main__":

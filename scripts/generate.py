@@ -12,6 +12,7 @@ def main() -> int:
     config = parse_generate(sys.argv[1:])
 
     # Imported here, so that --help and wrong flags answer at once.
+    from sdxl_eqx.generation.memory import OutOfMemory
     from sdxl_eqx.generation.script import draw_pictures
     from sdxl_eqx.parallel.begin import begin_jax, configure_jax
 
@@ -19,10 +20,10 @@ def main() -> int:
         begin_jax(config.machine)
         configure_jax(config.machine, config.model.precision)
         files = draw_pictures(config)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, OutOfMemory) as error:
         log.error("error: %s", error)
         return 2
-    log.info("%d pictures in %s", len(files), config.output.images_dir)
+    log.info("%d %s in %s", len(files), "file" if len(files) == 1 else "files", config.output.images_dir)
     return 0
 
 

@@ -313,6 +313,12 @@ def file_tensors(model: Any) -> Tensors:
     return found
 
 
+def cosine(begin: Tensors, ours: Tensors, theirs: Tensors) -> float:
+    """That of the angle between two updates of the same tensors, all of them together."""
+    mine, other = (np.concatenate([(now[key] - begin[key]).ravel() for key in begin]) for now in (ours, theirs))
+    return float(mine @ other / (np.linalg.norm(mine) * np.linalg.norm(other)))
+
+
 def table(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """A short witness of a model's keys and shapes: how many tensors, how many numbers, and a digest."""
     lines = "".join(f"{key} {' '.join(map(str, shapes[key]))}\n" for key in sorted(shapes))

@@ -26,6 +26,7 @@ BAD: dict[str, list[Any]] = {
     "seed": [-1, 2**32],
     "flash_min_seq_length": [-1],
     "scan_unroll": [0, -1],
+    "quantization_local_shard_count": [-2],
     **{f"flash_block_sizes.{name}": [0, -128] for name in FlashBlockSizes.__annotations__ if name.startswith("block_")},
     "learning_rate": [0.0, -1.0, math.inf, math.nan],
     "max_train_steps": [0, -2],
@@ -60,6 +61,12 @@ BAD: dict[str, list[Any]] = {
         "1:10,,0.1",
         "1:10:20,0.1",
     ],
+    "lora_rank": [-1],
+    "lora_alpha": [-0.1, math.inf, math.nan],
+    "lora_targets": [()],
+    "lora_dropout": [-0.1, 1.0, math.nan],
+    "train_text_encoder": [True],  # beside BESIDE's ControlNet
+    "text_encoder_learning_rate": [0.0, -1.0, math.inf, math.nan],
     "snr_gamma": [0.0, -2.0, math.inf, math.nan],
     "huber_c": [0.0, 1.1, math.nan],
     "noise_offset": [-0.1, math.inf, math.nan],
@@ -79,6 +86,12 @@ BAD: dict[str, list[Any]] = {
     "caption_chunks": [0],
     "caption_dropout": [-0.1, 1.1, math.nan],
     "max_bad_fraction": [-0.1, 1.1, math.nan],
+    "train_controlnet": [True],  # beside BESIDE's TFRecords
+    "controlnet_conditioning_dropout": [-0.1, 1.1, math.nan],
+    "class_data_dir": ["dogs"],  # as above
+    "class_prompt": ["", " "],
+    "prior_loss_weight": [-0.1, math.inf, math.nan],
+    "num_class_images": [0, -1],
     "mesh_axes": [
         (),
         ("data", "fsdp", "context"),
@@ -117,6 +130,11 @@ BAD: dict[str, list[Any]] = {
 
 BESIDE: dict[str, dict[str, Any]] = {
     "lr_step_rules": {"lr_schedule": "piecewise"},
+    **{key: {"lora_rank": 4} for key in ("lora_alpha", "lora_targets", "lora_dropout")},
+    "train_text_encoder": {"train_controlnet": True},
+    "train_controlnet": {"dataset_type": "tfrecord"},
+    "class_data_dir": {"dataset_type": "tfrecord", "class_prompt": "a dog"},
+    "class_prompt": {"class_data_dir": "dogs"},
     "diffusion_scheduler_config.algorithm_type": {"diffusion_scheduler_config._class_name": "DDIM"},
 }
 """The values beside which a rule refuses."""
@@ -131,6 +149,11 @@ GOOD: dict[str, list[Any]] = {
     "ema_decay": [0.999],
     "max_nonfinite_steps": [0],
     "lr_step_rules": ["0.5", "1:10,0.1", "1:10,0.1:20,0", "1:1000,0.1:2000,0.01"],
+    "lora_rank": [0, 1],
+    "lora_alpha": [0.0, 0.5],
+    "lora_targets": [("to_q",)],
+    "lora_dropout": [0.0, 0.99],
+    "text_encoder_learning_rate": [1e-12],
     "snr_gamma": [-1.0, 5.0],
     "huber_c": [1.0],
     "noise_offset": [0.0],
@@ -139,6 +162,8 @@ GOOD: dict[str, list[Any]] = {
     "timestep_bias.portion": [1.0],
     "eval_split": ["", "0.1"],
     "resolution": [8, 1024],
+    "controlnet_conditioning_dropout": [0.0, 1.0],
+    "prior_loss_weight": [0.0],
     "flash_min_seq_length": [0, 4096],
     "flash_block_sizes.block_q": [None, 1],
     "mesh_axes": [("tensor", "context", "fsdp", "data")],
@@ -163,6 +188,42 @@ def test_a_rule_refuses_a_bad_value_and_names_its_flag_the_value_and_the_rule(ke
     with pytest.raises(ValueError, match=r"^--") as error:
         merge(VALID, {**BESIDE.get(key, {}), key: value}).check()
     assert str(error.value) == f"{NAMES[key].flag} {plain(value)!r}: {rule}"
+
+
+def test_pictures_of_a_class_go_with_no_controlnet():
+    wanted = {"class_data_dir": "dogs", "class_prompt": "a dog"}
+    merge(VALID, wanted).check()
+    with pytest.raises(ValueError, match=r"^--class-data-dir 'dogs': .* leave it or --train-controlnet out$"):
+        merge(VALID, {**wanted, "train_controlnet": True}).check()
+
+
+@pytest.mark.parametrize(
+    ("values", "other", "message"),
+    [
+        ({"lora_rank": 4}, {"train_controlnet": True}, "--lora-rank 4: a LoRA and a ControlNet do not train together"),
+        ({"lora_rank": 4}, {"train_new_unet": True}, "--lora-rank 4: a LoRA is of a model that is there"),
+        ({"train_text_encoder": True}, {"dataset_type": "tfrecord"}, "--train-text-encoder True: TFRecords hold text"),
+    ],
+)
+def test_what_does_not_train_together_is_refused(values: dict[str, Any], other: dict[str, Any], message: str):
+    merge(VALID, values).check()
+    merge(VALID, other).check()
+    with pytest.raises(ValueError, match=f"^{message}"):
+        merge(VALID, {**values, **other}).check()
+
+
+def test_text_encoders_train_beside_the_unet_and_by_lora_as_it_does():
+    assert merge(VALID, {"train_text_encoder": True}).trains == "unet"
+    together = merge(VALID, {"train_text_encoder": True, "lora_rank": 4})
+    together.check()
+    assert together.trains == "lora"
+
+
+@pytest.mark.parametrize(
+    "values", [{"train_text_encoder": True}, {"caption_shuffle": True}, {"cache_latents_text_encoder_outputs": False}]
+)
+def test_text_is_cached_where_neither_it_nor_what_encodes_it_changes(values: dict[str, Any]):
+    assert VALID.is_text_cached and not merge(VALID, values).is_text_cached
 
 
 def test_prodigy_wants_a_factor_for_its_learning_rate():
@@ -263,13 +324,13 @@ def test_yaml_holds_every_published_name_but_the_token():
     assert keys == set(NAMES) - {"hf_access_token"}
 
 
-def test_every_field_says_what_it_means():
+@pytest.mark.parametrize("module", ["groups", "trained"])
+def test_every_field_says_what_it_means(module: str):
     import ast
+    import importlib
     import inspect
 
-    from sdxl_eqx.config import groups as module
-
-    for node in ast.parse(inspect.getsource(module)).body:
+    for node in ast.parse(inspect.getsource(importlib.import_module(f"sdxl_eqx.config.{module}"))).body:
         if isinstance(node, ast.ClassDef):
             for field, after in zip(node.body, [*node.body[1:], None], strict=True):
                 if isinstance(field, ast.AnnAssign):

@@ -25,6 +25,8 @@ def data_beside(key: str) -> list[str]:
     """The flags of a data set with which a key goes."""
     if key in ("dataset_config_name", "hf_data_dir", "hf_train_files"):
         return ["--dataset-name", "someone/pictures"]
+    if key == "class_data_dir":
+        return [*DATA, "--class-prompt", "a dog"]
     return [] if key in ("train_data_dir", "dataset_name") else DATA
 
 
@@ -553,6 +555,12 @@ OFF = {
     "mask_padding_tokens": ({"attention": "cudnn_flash_te"}, "--attention flash or auto"),
     "attention_sharding_uniform": ({}, "--ici-context-parallelism"),
     "compile_topology_num_slices": ({}, "--compile-topology"),
+    "quantization_local_shard_count": ({"quantization": "int8_weights"}, "--quantization"),
+    **{
+        key: ({}, "--lora-rank")
+        for key in ("lora_alpha", "lora_targets", "lora_init", "lora_dropout", "use_rslora", "use_dora")
+    },
+    "text_encoder_learning_rate": ({}, "--train-text-encoder"),
     "unet_checkpoint": ({"train_new_unet": True}, "--train-new-unet"),
     "revision": ({"pretrained_model_name_or_path": "asset:tiny-sdxl"}, "--pretrained-model-name-or-path"),
     "learning_rate_schedule_steps": ({}, "--lr-schedule"),
@@ -592,8 +600,11 @@ OFF = {
             "caption_chunks",
             "image_column",
             "caption_column",
+            "instance_prompt",
         )
     },
+    **{key: ({}, "--train-controlnet") for key in ("conditioning_image_column", "controlnet_conditioning_dropout")},
+    **{key: ({}, "--class-data-dir") for key in ("class_prompt", "prior_loss_weight", "num_class_images")},
     "bucket_count": ({}, "--aspect-ratio-buckets"),
     "bucket_upscale": ({}, "--aspect-ratio-buckets"),
     "keep_tokens": ({}, "--caption-shuffle"),
@@ -614,6 +625,12 @@ OFF = {
 ON = {
     "attention_sharding_uniform": ["--ici-context-parallelism", "2"],
     "compile_topology_num_slices": ["--compile-topology", "v5e:2x2"],
+    "quantization_local_shard_count": ["--use-qwix-quantization"],
+    **{
+        key: ["--lora-rank", "4"]
+        for key in ("lora_alpha", "lora_targets", "lora_init", "lora_dropout", "use_rslora", "use_dora")
+    },
+    "text_encoder_learning_rate": ["--train-text-encoder"],
     "learning_rate_schedule_steps": ["--lr-schedule", "cosine"],
     "lr_num_cycles": ["--lr-schedule", "cosine_with_restarts"],
     "lr_step_rules": ["--lr-schedule", "piecewise"],
@@ -636,6 +653,11 @@ ON = {
     "bucket_count": ["--aspect-ratio-buckets"],
     "bucket_upscale": ["--aspect-ratio-buckets"],
     "keep_tokens": ["--caption-shuffle"],
+    "conditioning_image_column": ["--train-controlnet"],
+    "controlnet_conditioning_dropout": ["--train-controlnet"],
+    "class_prompt": ["--class-data-dir", "dogs"],
+    "prior_loss_weight": ["--class-data-dir", "dogs", "--class-prompt", "a dog"],
+    "num_class_images": ["--class-data-dir", "dogs", "--class-prompt", "a dog"],
 }
 """The flags that switch on what is off by default."""
 
@@ -649,7 +671,7 @@ def test_a_flag_whose_switch_is_off_is_refused_with_the_switch(key: str, written
     off, remedy = OFF[key]
     file = written(yaml.safe_dump({"train_data_dir": "pictures", **off}))
     new = True if NAMES[key].type is bool else example(key)
-    message = refusal(["--config", file, f"{NAMES[key].flag}={new}"])
+    message = refusal(["--config", file, f"{NAMES[key].flag}={written_as(new)}"])
     assert f"{NAMES[key].flag} {new!r} has no effect here" in message
     assert remedy in message
 
@@ -657,7 +679,7 @@ def test_a_flag_whose_switch_is_off_is_refused_with_the_switch(key: str, written
 @pytest.mark.parametrize("key", OFF)
 def test_a_flag_whose_switch_is_on_is_taken(key: str, caplog: pytest.LogCaptureFixture):
     new = True if NAMES[key].type is bool else example(key)
-    config = parse([*data_beside(key), *ON.get(key, []), f"{NAMES[key].flag}={new}"])
+    config = parse([*data_beside(key), *ON.get(key, []), f"{NAMES[key].flag}={written_as(new)}"])
     assert value(config, key) == new
     assert not caplog.records
 

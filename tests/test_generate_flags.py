@@ -21,7 +21,7 @@ from sdxl_eqx.config import generate as generate_module
 from sdxl_eqx.config import shared as shared_module
 from sdxl_eqx.config.generate import Pair, Span, generate_rules
 from sdxl_eqx.config.rules import plain
-from sdxl_eqx.config.shared import AXIS_RULES, MESH_AXES, Axes, AxisRules, Bools, Floats, Texts
+from sdxl_eqx.config.shared import AXIS_RULES, MESH_AXES, SCHEDULERS, Axes, AxisRules, Bools, Floats, Texts
 from sdxl_eqx.flags import GENERATE_NAMES, GENERATE_SWITCHES, NAMES, command_line, merge, parse_generate, read, switches
 
 TOKEN = "hf_topsecret"
@@ -57,7 +57,7 @@ BAD: dict[str, list[Any]] = {
     "aesthetic_score": [math.inf, math.nan],
     "negative_aesthetic_score": [-math.inf, math.nan],
     "control_guidance_start": FRACTIONS,
-    "control_guidance_end": FRACTIONS,
+    "control_guidance_end": [*FRACTIONS, (0.0,), (0.5, 0.0)],
     "canny_low": [-1],
     "canny_high": [99],
     **{f"lora_config.{key}": [("x", "y")] for key in ("weight_name", "adapter_name")},
@@ -93,7 +93,9 @@ GOOD: list[Values] = [
     {"guidance_interval": (0.5, 0.5), "canny_low": 200, "image": "a.png", "mask_image": "m.png", "strength": 1.0},
     {"prompts_file": "p.txt", "mask_image": "m.png"},
     {"diffusion_scheduler_config.algorithm_type": "sde-dpmsolver++"},
-    {**NETS, "controlnet_conditioning_scale": (0.5,), "control_guidance_start": (0.0, 1.0)},
+    {**NETS, "controlnet_conditioning_scale": (0.5,), "control_guidance_start": (0.0, 0.999)},
+    {**NETS, "control_guidance_start": (0.25, 0.75), "control_guidance_end": (0.5, 1.0)},
+    {"control_guidance_start": (1.0,)},
     {**NETS, "controlnet_image": ("a.png",), "controlnet_conditioning_scale": (0.5, -1.0)},
     {**LORAS, "lora_config.scale": (1.0, -2.0, 0.0), "lora_config.from_pt": (True,)},
     {"lightning_repo": "folder", "lightning_ckpt": "a.safetensors"},
@@ -516,6 +518,13 @@ OFF_ON: dict[str, list[tuple[Values, Values, str]]] = {
         ({}, REFINER, "--refiner-model-name-or-path"),
     ],
     "prompt": [({"prompts_file": "p.txt"}, {}, "--prompts-file")],
+    "eta": [
+        (
+            {"diffusion_scheduler_config._class_name": "LCM"},
+            {"diffusion_scheduler_config._class_name": "FlaxDDIM"},
+            "--diffusion-scheduler-config._class-name DDIM",
+        )
+    ],
     "strength": [({}, {"image": "a.png"}, "--image")],
     "refiner_fraction": [({}, REFINER, "--refiner-model-name-or-path")],
     "aesthetic_score": [({}, REFINER, "--refiner-model-name-or-path")],
@@ -588,6 +597,14 @@ def flag_of(key: str) -> str:
 
 def test_a_strength_may_be_of_the_pictures_that_a_file_of_prompts_names():
     assert parse_generate(["--prompts-file", "p.txt", "--strength", "0.5"]).picture.strength == 0.5
+
+
+@pytest.mark.parametrize("sampler", [name for name in SCHEDULERS if name != "DDIMScheduler"])
+def test_fresh_noise_is_refused_of_every_sampler_but_ddim_and_the_models_own(sampler: str, refusal: Refusal):
+    words = ["--eta", "0.5", "--diffusion-scheduler-config._class-name"]
+    assert "--eta 0.5 has no effect here" in refusal([*words, sampler])
+    for name in ("DDIM", ""):
+        assert parse_generate([*words, name]).picture.eta == 0.5
 
 
 def test_a_whole_file_of_defaults_logs_nothing(written: Yaml, caplog: pytest.LogCaptureFixture):

@@ -24,6 +24,7 @@ attention flash_min_seq_length flash_block_sizes.block_q flash_block_sizes.block
 flash_block_sizes.block_q_dkv flash_block_sizes.block_kv_dkv flash_block_sizes.block_kv_dkv_compute
 flash_block_sizes.block_q_dq flash_block_sizes.block_kv_dq flash_block_sizes.use_fused_bwd_kernel split_head_dim
 attention_sharding_uniform mask_padding_tokens remat_policy scan_unroll
+quantization quantization_local_shard_count use_qwix_quantization
 learning_rate scale_lr max_train_steps num_train_epochs max_train_samples per_device_batch_size
 gradient_accumulation_steps warmup_steps_fraction learning_rate_schedule_steps lr_schedule optimizer adam_b1 adam_b2
 adam_eps adam_weight_decay opt_enable_grad_clipping max_grad_value opt_enable_grad_global_norm_clipping max_grad_norm
@@ -36,6 +37,8 @@ dataset_name dataset_config_name train_split train_data_dir dataset_type image_c
 aspect_ratio_buckets center_crop random_flip enable_data_shuffling cache_latents_text_encoder_outputs
 dataset_save_location hf_access_token transform_images_num_proc hf_data_dir hf_train_files caption_dropout
 caption_shuffle keep_tokens caption_chunks bucket_count bucket_upscale max_bad_fraction reuse_example_batch
+train_text_encoder text_encoder_learning_rate lora_rank lora_alpha lora_targets lora_init
+train_controlnet conditioning_image_column
 mesh_axes dcn_data_parallelism dcn_fsdp_parallelism dcn_context_parallelism dcn_tensor_parallelism
 ici_data_parallelism ici_fsdp_parallelism ici_context_parallelism ici_tensor_parallelism logical_axis_rules
 data_sharding allow_split_physical_axes compile_topology compile_topology_num_slices
@@ -57,18 +60,6 @@ FATES: dict[str, tuple[Any, Any, str, str]] = {
         for key in ("enable_mllog", "enable_ml_diagnostics", "enable_ondemand_xprof")
     },
     "profiler_gcs_path": ("", "gs://a/b", "services of Google Cloud", "cannot be had: services of Google Cloud"),
-    **{
-        key: (off, on, "is not supported by this version", "is not supported by this version")
-        for key, off, on in (
-            ("train_text_encoder", False, True), ("train_controlnet", False, True), ("lora_rank", 0, 4),
-            ("lora_init", "", "a.safetensors"), ("quantization", "", "int8"), ("use_qwix_quantization", False, True),
-        )
-    },
-    "text_encoder_learning_rate": (4.25e-6, 1e-3, "of train_text_encoder", "of train_text_encoder"),
-    "conditioning_image_column": ("conditioning_image", "edges", "of train_controlnet", "of train_controlnet"),
-    "lora_alpha": ("", "8", "of lora_rank", "of lora_rank"),
-    "lora_targets": ("", "to_q", "of lora_rank", "of lora_rank"),
-    "quantization_local_shard_count": (-1, 2, "of quantization", "of quantization"),
     **{
         key: (None, value, "of scripts/generate.py", "of scripts/generate.py")
         for key, value in (
@@ -149,8 +140,7 @@ def test_a_published_value_that_asks_for_nothing_is_taken_from_file_and_flag(
     assert parse(["--config", written(entry(key, off)), *DATA]) == parse(DATA)
     from_file = len(caplog.records)
     assert parse([*DATA, f"{flag_of(key)}={off}"]) == parse(DATA)
-    is_silent = PUBLISHED[key].fate in ("absent", "beside")
-    assert (from_file, len(caplog.records)) == ((0, 0) if is_silent else (1, 2))
+    assert (from_file, len(caplog.records)) == (1, 2)
 
 
 @pytest.mark.parametrize("key", FATES)
@@ -159,14 +149,10 @@ def test_a_published_value_that_asks_is_said_or_refused_with_the_reason(
 ):
     _, on, in_file, as_flag = FATES[key]
     file = written(entry(key, on))
-    if PUBLISHED[key].fate == "absent":
-        message = refusal(["--config", file, *DATA])
-        assert file in message
-    else:
-        parse(["--config", file, *DATA])
-        (record,) = caplog.records
-        message = record.getMessage()
-        assert message.startswith(file)
+    parse(["--config", file, *DATA])
+    (record,) = caplog.records
+    message = record.getMessage()
+    assert message.startswith(file)
     assert key.partition(".")[0] in message and in_file in message
     if key == "tokenize_captions_num_proc":
         assert parse([*DATA, f"{flag_of(key)}={on}"]).data.transform_images_num_proc == on
@@ -174,11 +160,6 @@ def test_a_published_value_that_asks_is_said_or_refused_with_the_reason(
     else:
         said = refusal([*DATA, f"{flag_of(key)}={on}"])
         assert flag_of(key) in said and as_flag in said
-
-
-def test_what_is_absent_names_the_nearest_there_is(refusal: Refusal):
-    assert "--activations-dtype bfloat16" in refusal([*DATA, "--quantization", "int8"])
-    assert "scripts/generate.py" in refusal([*DATA, "--lora-rank", "4"])
 
 
 @pytest.mark.parametrize("words", [["--enable-mllog"], ["--enable_mllog", "True"], ["--enable-mllog=true"]])
@@ -362,7 +343,7 @@ def test_nothing_said_of_a_published_file_shows_the_token(
     file = written(filled(train_data_dir="pictures", hf_access_token=TOKEN))
     assert parse(["--config", file]).data.hf_access_token == TOKEN
     assert caplog.records and TOKEN not in caplog.text
-    for words in (["--lora-rank", "4"], ["--lightning-repo", TOKEN], ["--enable-mlog", TOKEN], ["--dataset-type", "x"]):
+    for words in (["--enable-mllog"], ["--lightning-repo", TOKEN], ["--enable-mlog", TOKEN], ["--dataset-type", "x"]):
         assert TOKEN not in refusal(["--config", file, *words])
 
 

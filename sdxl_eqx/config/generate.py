@@ -187,6 +187,8 @@ def generate_rules(config: GenerateConfig) -> list[Rule]:
          fits(picture.control_guidance_start) and is_fraction(picture.control_guidance_start)),
         ("control_guidance_end", f"{each}, from 0 to 1",
          fits(picture.control_guidance_end) and is_fraction(picture.control_guidance_end)),
+        ("control_guidance_end", "must be above --control-guidance-start, or its ControlNet takes no part",
+         not nets or all(start < end for start, end in _control_spans(picture))),
         ("canny_low", "must be 0 or more", picture.canny_low >= 0),
         ("canny_high", "must not be less than --canny-low", picture.canny_high >= picture.canny_low),
         *lora_rules(config.lora_config),
@@ -201,3 +203,11 @@ def generate_rules(config: GenerateConfig) -> list[Rule]:
         ("vae_tile", "must be a multiple of 64 of at least 128, or 0",
          output.vae_tile == 0 or (output.vae_tile >= 128 and output.vae_tile % 64 == 0)),
     ]  # fmt: skip
+
+
+def _control_spans(picture: PictureConfig) -> list[Span]:
+    """From where to where each ControlNet takes part."""
+    starts, ends = picture.control_guidance_start or (0.0,), picture.control_guidance_end or (1.0,)
+    n = max(len(starts), len(ends))
+    starts, ends = (values * n if len(values) == 1 else values for values in (starts, ends))
+    return list(zip(starts, ends, strict=False))  # other lengths are another rule's

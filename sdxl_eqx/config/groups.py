@@ -61,6 +61,29 @@ class AttentionConfig(AttentionKernelConfig):
 
 
 @dataclass(frozen=True)
+class QuantizationConfig:
+    """Matrix products in 8 bits."""
+
+    quantization: Literal["", "int8", "int8_weights", "fp8"] = ""
+    """Multiply in the UNet's transformer stages with so few bits, forward and backward, by qwix; int8_weights rounds
+    the weights alone. What is stored and trained keeps weights_dtype."""
+    quantization_local_shard_count: int = -1
+    """A weight's gradient is summed from so many parts of the batch, each rounded by itself; -1 is one for each slice
+    of the devices, 0 does not round for it."""
+    use_qwix_quantization: bool = False
+    """The same as --quantization int8, where that is not given. It is always by qwix."""
+
+    @property
+    def how(self) -> Literal["", "int8", "int8_weights", "fp8"]:
+        """What is asked for by either name."""
+        return self.quantization or ("int8" if self.use_qwix_quantization else "")
+
+    def shards(self, slices: int) -> int:
+        """Parts of the batch on so many slices of devices."""
+        return slices if self.quantization_local_shard_count == -1 else self.quantization_local_shard_count
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """The optimizer and how long it runs."""
 
@@ -218,6 +241,35 @@ class DataConfig:
     """The first batch again and again, to time the step alone."""
     hf_access_token: str = field(default="", repr=False)
     """Token for the Hub; '' takes HF_TOKEN from the environment. Never logged or saved."""
+
+
+@dataclass(frozen=True)
+class ControlNetTrainingConfig:
+    """A ControlNet that is trained, and what it sees."""
+
+    train_controlnet: bool = False
+    """Train a ControlNet beside the frozen UNet."""
+    conditioning_image_column: str = "conditioning_image"
+    """Column or field of what the ControlNet sees, a map of any size; in metadata.jsonl and metadata.csv a path, also
+    as `conditioning_image_file_name`; in tars a member such as `conditioning_image.png`."""
+    controlnet_conditioning_dropout: float = 0.0
+    """Share of samples whose map is black."""
+
+
+@dataclass(frozen=True)
+class DreamBoothConfig:
+    """A subject learned from a few pictures, beside others of its class (Ruiz et al. 2023)."""
+
+    instance_prompt: str = ""
+    """Caption of every picture that has none, such as `a photo of sks dog`; with it a folder needs no captions."""
+    class_data_dir: str = ""
+    """Folder of pictures of the class, trained on as often as the others, so that the class is not forgotten."""
+    class_prompt: str = ""
+    """Caption of every picture of class_data_dir that has none, and what is drawn there, such as `a photo of a dog`."""
+    prior_loss_weight: float = 1.0
+    """Weight of the loss of those pictures; that of the others is 1."""
+    num_class_images: int = 100
+    """So many pictures of class_data_dir are read; where it holds fewer, the model draws the rest before training."""
 
 
 @dataclass(frozen=True)

@@ -3,17 +3,20 @@
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from sdxl_eqx.config.groups import (
     AttentionConfig,
     CheckpointConfig,
+    ControlNetTrainingConfig,
     DataConfig,
+    DreamBoothConfig,
     LossConfig,
     MetricsConfig,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
+    QuantizationConfig,
     RunConfig,
     SampleConfig,
     TimestepBiasConfig,
@@ -30,6 +33,7 @@ from sdxl_eqx.config.rules import (
     scheduler_rules,
 )
 from sdxl_eqx.config.shared import MESH_AXES, DiffusionSchedulerConfig, FlashBlockSizes
+from sdxl_eqx.config.trained import LoraTrainingConfig, TextEncoderConfig
 
 TINY = "configs/tiny.yaml"
 
@@ -42,15 +46,33 @@ class TrainConfig:
     model: Annotated[ModelConfig, Flat] = field(default_factory=ModelConfig)
     attention: Annotated[AttentionConfig, Flat] = field(default_factory=AttentionConfig)
     flash_block_sizes: FlashBlockSizes = field(default_factory=FlashBlockSizes)
+    quantization: Annotated[QuantizationConfig, Flat] = field(default_factory=QuantizationConfig)
+    text: Annotated[TextEncoderConfig, Flat] = field(default_factory=TextEncoderConfig)
+    lora: Annotated[LoraTrainingConfig, Flat] = field(default_factory=LoraTrainingConfig)
     optim: Annotated[OptimConfig, Flat] = field(default_factory=OptimConfig)
     loss: Annotated[LossConfig, Flat] = field(default_factory=LossConfig)
     timestep_bias: TimestepBiasConfig = field(default_factory=TimestepBiasConfig)
     diffusion_scheduler_config: DiffusionSchedulerConfig = field(default_factory=DiffusionSchedulerConfig)
     data: Annotated[DataConfig, Flat] = field(default_factory=DataConfig)
+    controlnet: Annotated[ControlNetTrainingConfig, Flat] = field(default_factory=ControlNetTrainingConfig)
+    dreambooth: Annotated[DreamBoothConfig, Flat] = field(default_factory=DreamBoothConfig)
     parallel: Annotated[ParallelConfig, Flat] = field(default_factory=ParallelConfig)
     checkpoint: Annotated[CheckpointConfig, Flat] = field(default_factory=CheckpointConfig)
     metrics: Annotated[MetricsConfig, Flat] = field(default_factory=MetricsConfig)
     sample: Annotated[SampleConfig, Flat] = field(default_factory=SampleConfig)
+
+    @property
+    def trains(self) -> Literal["unet", "lora", "controlnet"]:
+        """What trains; text encoders may, beside the UNet or by LoRA as it does."""
+        if self.controlnet.train_controlnet:
+            return "controlnet"
+        return "lora" if self.lora.lora_rank > 0 else "unet"
+
+    @property
+    def is_text_cached(self) -> bool:
+        """Whether text embeddings are kept beside the latents: not where captions change from visit to visit."""
+        changes = self.data.caption_shuffle or self.text.train_text_encoder
+        return self.data.cache_latents_text_encoder_outputs and not changes
 
     def check(self) -> None:
         """Check everything that needs neither file nor device.
@@ -77,6 +99,11 @@ def rules(config: TrainConfig) -> list[Rule]:
         ("seed", "must be 0 or more and below 2**32", 0 <= config.run.seed < 2**32),
         ("scan_unroll", "must be 1 or more", attention.scan_unroll >= 1),
         *attention_rules(attention, config.flash_block_sizes),
+        (
+            "quantization_local_shard_count",
+            "must be -1 (one for each slice of the devices), 0 (do not round for the gradients of weights) or more",
+            config.quantization.quantization_local_shard_count >= -1,
+        ),
         ("learning_rate", "must be a finite number above 0", 0 < optim.learning_rate < math.inf),
         (
             "learning_rate",
@@ -109,9 +136,12 @@ def rules(config: TrainConfig) -> list[Rule]:
             "piecewise",
             optim.lr_schedule != "piecewise" or step_rules(optim.lr_step_rules) is not None,
         ),
+        *_lora_rules(config),
         *_loss_rules(config),
         *scheduler_rules(config.diffusion_scheduler_config),
         *_data_rules(data, needs_data=not parallel.compile_topology),
+        *_controlnet_rules(config),
+        *_dreambooth_rules(config),
         *mesh_rules(parallel),
         (
             "data_sharding",
@@ -139,6 +169,26 @@ def rules(config: TrainConfig) -> list[Rule]:
         ("samples_per_grid", "must be 0 or more", sample.samples_per_grid >= 0),
         ("caption_retrieval", "must be 0 or more", sample.caption_retrieval >= 0),
     ]
+
+
+def _lora_rules(config: TrainConfig) -> list[Rule]:
+    lora, text = config.lora, config.text
+    is_one = not config.controlnet.train_controlnet
+    return [
+        ("lora_rank", "must be 0 (the whole UNet trains) or more", lora.lora_rank >= 0),
+        ("lora_rank", "a LoRA and a ControlNet do not train together; leave one out", lora.lora_rank <= 0 or is_one),
+        ("lora_rank", "a LoRA is of a model that is there; leave --train-new-unet out",
+         lora.lora_rank <= 0 or not config.model.train_new_unet),
+        ("lora_alpha", "must be 0 (the rank) or a finite number above", 0 <= lora.lora_alpha < math.inf),
+        ("lora_targets", "must name at least one kind of layer", bool(lora.lora_targets)),
+        ("lora_dropout", "must be at least 0 and below 1", 0 <= lora.lora_dropout < 1),
+        ("train_text_encoder", "the text encoders do not train beside a ControlNet; leave one out",
+         not text.train_text_encoder or is_one),
+        ("train_text_encoder", "TFRecords hold text that is encoded already; choose another --dataset-type",
+         not text.train_text_encoder or config.data.dataset_type != "tfrecord"),
+        ("text_encoder_learning_rate", "must be a finite number above 0",
+         0 < text.text_encoder_learning_rate < math.inf),
+    ]  # fmt: skip
 
 
 def _loss_rules(config: TrainConfig) -> list[Rule]:
@@ -194,6 +244,41 @@ def _data_rules(data: DataConfig, *, needs_data: bool) -> list[Rule]:
         ("keep_tokens", "must be 0 or more", data.keep_tokens >= 0),
         ("caption_chunks", "must be 1 or more", data.caption_chunks >= 1),
         ("max_bad_fraction", "must be from 0 to 1", 0 <= data.max_bad_fraction <= 1),
+    ]
+
+
+def _controlnet_rules(config: TrainConfig) -> list[Rule]:
+    net = config.controlnet
+    return [
+        (
+            "train_controlnet",
+            "TFRecords of latents hold nothing for it to see; choose another --dataset-type than tfrecord",
+            not net.train_controlnet or config.data.dataset_type != "tfrecord",
+        ),
+        ("controlnet_conditioning_dropout", "must be from 0 to 1", 0 <= net.controlnet_conditioning_dropout <= 1),
+    ]
+
+
+def _dreambooth_rules(config: TrainConfig) -> list[Rule]:
+    subject, data = config.dreambooth, config.data
+    return [
+        (
+            "class_data_dir",
+            "TFRecords of latents are encoded already; choose another --dataset-type than tfrecord",
+            not subject.class_data_dir or data.dataset_type != "tfrecord",
+        ),
+        (
+            "class_data_dir",
+            "its pictures have nothing for a ControlNet to see; leave it or --train-controlnet out",
+            not subject.class_data_dir or not config.controlnet.train_controlnet,
+        ),
+        (
+            "class_prompt",
+            "say what the pictures of --class-data-dir show, such as 'a photo of a dog'",
+            bool(subject.class_prompt.strip()) or not subject.class_data_dir,
+        ),
+        ("prior_loss_weight", "must be a finite number, 0 or more", 0 <= subject.prior_loss_weight < math.inf),
+        ("num_class_images", "must be 1 or more", subject.num_class_images >= 1),
     ]
 
 

@@ -1,4 +1,8 @@
-"""What a training step is given: pictures and token ids, or what the frozen encoders made of one or both."""
+"""What a training step is given: pictures and token ids, or what the frozen encoders made of one or both.
+
+Every batch may have `control`, what a ControlNet sees of each picture, of its very crop, sRGB in 0..255, and `weight`,
+what each sample's loss is multiplied by. They are None, and no leaves, where nothing of them is trained with.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -21,6 +25,8 @@ class Batch(eqx.Module):
     input_ids: Int32[Array | np.ndarray, "b s"]
     input_ids_2: Int32[Array | np.ndarray, "b s"]
     time_ids: Float32[Array | np.ndarray, "b 6"]
+    control: UInt8[Array | np.ndarray, "b H W 3"] | None = None
+    weight: Float32[Array | np.ndarray, " b"] | None = None
 
 
 class LatentTextBatch(eqx.Module):
@@ -31,6 +37,8 @@ class LatentTextBatch(eqx.Module):
     input_ids: Int32[Array | np.ndarray, "b s"]
     input_ids_2: Int32[Array | np.ndarray, "b s"]
     time_ids: Float32[Array | np.ndarray, "b 6"]
+    control: UInt8[Array | np.ndarray, "b H W 3"] | None = None
+    weight: Float32[Array | np.ndarray, " b"] | None = None
 
 
 class LatentBatch(eqx.Module):
@@ -44,18 +52,22 @@ class LatentBatch(eqx.Module):
     context: Float[Array | np.ndarray, "b s e"]
     pooled: Float[Array | np.ndarray, "b p"]
     time_ids: Float32[Array | np.ndarray, "b 6"]
+    control: UInt8[Array | np.ndarray, "b H W 3"] | None = None
+    weight: Float32[Array | np.ndarray, " b"] | None = None
 
 
 AnyBatch = Batch | LatentTextBatch | LatentBatch
 
 
 def to_batch(arrays: Mapping[str, np.ndarray]) -> AnyBatch:
-    """The batch type whose fields the arrays are.
+    """The batch type whose fields the arrays are, with or without those that may be None.
 
     Raises:
         ValueError: they are the fields of none.
     """
     for kind in (Batch, LatentTextBatch, LatentBatch):
-        if {field.name for field in dataclasses.fields(kind)} == arrays.keys():
+        fields = dataclasses.fields(kind)
+        needed = {field.name for field in fields if field.default is dataclasses.MISSING}
+        if needed <= arrays.keys() <= {field.name for field in fields}:
             return kind(**arrays)
     raise ValueError(f"arrays must be the fields of a batch, not {sorted(arrays)}")

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Int, UInt8
 
 from sdxl_eqx.config import DataConfig
 from sdxl_eqx.data.captions import Visit, caption
+from sdxl_eqx.data.control import read_control
 from sdxl_eqx.data.loader import Read
 from sdxl_eqx.data.pictures import Size, read_picture
 from sdxl_eqx.data.sources import Source
@@ -66,7 +67,7 @@ class Contents:
                     keys.append("")
                     continue
                 target = shapes[bucket[i]]
-                size = (int(survey.sizes[i, 0]), int(survey.sizes[i, 1]))
+                size = int(survey.sizes[i, 0]), int(survey.sizes[i, 1])
                 crop = crop_of(digest, size, target, config, seed)
                 keys.append(_hash("picture", vae, digest.decode(), size, target, crop, flip))
         empty = hashlib.sha256(b"").hexdigest()[:32].encode()
@@ -97,6 +98,12 @@ class Contents:
             good &= lacking[self.starts[1:]] == lacking[self.starts[:-1]]
         return good
 
+    def geometry(self, sample: int) -> tuple[Size, Size, tuple[int, int]]:
+        """The size of a usable sample's picture, that of its crop, and (top, left) of this, before it is mirrored."""
+        size = int(self.survey.sizes[sample, 0]), int(self.survey.sizes[sample, 1])
+        target = self.shapes[self.bucket[sample]]
+        return size, target, crop_of(self.survey.pictures[sample], size, target, self.config, self.seed)
+
     def pixels(self, source: Source, index: int) -> tuple[UInt8[np.ndarray, "H W 3"], np.ndarray]:
         """The pixels and time_ids of an index into `pictures`.
 
@@ -104,9 +111,8 @@ class Contents:
             BadSample: the picture cannot be used.
         """
         flip, sample = divmod(index, self.count)
-        target = self.shapes[self.bucket[sample]]
+        _, target, crop = self.geometry(sample)
         picture = read_picture(source.picture(sample), source.name(sample), target=target)
-        crop = crop_of(self.survey.pictures[sample], picture.size, target, self.config, self.seed)
         pixels, time_ids = resize_and_crop(picture, target, crop)
         return mirror(pixels, time_ids) if flip else (pixels, time_ids)
 
@@ -148,13 +154,18 @@ class Cached:
         self._where_pictures = self._pictures.find(contents.pictures)
         self._where_text = self._text.find(contents.text)
 
-    def reader(self, source: Source, tokenizers: Tokenizers) -> Read:
-        """Reads samples into the fields of a `LatentBatch`, or of a `LatentTextBatch` where text is not kept."""
+    def reader(self, source: Source, tokenizers: Tokenizers, *, with_control: bool = False) -> Read:
+        """Reads samples into the fields of a `LatentBatch`, or of a `LatentTextBatch` where text is not kept.
+
+        What a ControlNet sees, if it is asked for, is not kept: it is read anew at each visit.
+        """
         contents, config = self.contents, self.contents.config
 
         def read(sample: int, rng: np.random.Generator) -> Arrays:
             visit = Visit.draw(config, rng)
             arrays = self._pictures.read(int(self._where_pictures[sample + visit.flip * contents.count]))
+            if with_control:
+                arrays["control"] = read_control(source, sample, *contents.geometry(sample), flip=visit.flip)
             if not len(contents.text):
                 words = caption(source.captions(sample), visit, config, rng)
                 ids, ids_2 = (tokenize(t, [words], config.caption_chunks)[0][0] for t in tokenizers)
@@ -185,11 +196,6 @@ def open_stores(folder: Path) -> tuple[Store, Store]:
         ValueError: a file is damaged.
     """
     return Store(folder / PICTURES), Store(folder / TEXT)
-
-
-def is_text_cached(config: DataConfig) -> bool:
-    """Whether text embeddings are kept beside the latents: not where captions change from visit to visit."""
-    return config.cache_latents_text_encoder_outputs and not config.caption_shuffle
 
 
 def _hash(*parts: Any) -> str:

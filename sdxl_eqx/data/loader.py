@@ -8,10 +8,12 @@ from typing import Any
 import grain
 import numpy as np
 from grain.experimental import ThreadPrefetchIterDataset
+from jaxtyping import Float32
 
 from sdxl_eqx.config import DataConfig
 from sdxl_eqx.data.bad import BadItems, BadSample
 from sdxl_eqx.data.captions import Visit, caption
+from sdxl_eqx.data.control import read_control
 from sdxl_eqx.data.order import Order
 from sdxl_eqx.data.pictures import Size, read_picture
 from sdxl_eqx.data.sources import Source
@@ -106,8 +108,16 @@ def position(batches: int, size: int) -> dict[str, Any]:
     return {"next_index": batches * size}
 
 
-def picture_reader(source: Source, tokenizers: Tokenizers, config: DataConfig, targets: Callable[[int], Size]) -> Read:
-    """Reads samples into the fields of a `Batch`; `targets` says to which (height, width) each is cropped."""
+def picture_reader(
+    source: Source,
+    tokenizers: Tokenizers,
+    config: DataConfig,
+    targets: Callable[[int], Size],
+    *,
+    with_control: bool = False,
+) -> Read:
+    """Reads samples into the fields of a `Batch`, if asked with what a ControlNet sees; `targets` says to which
+    (height, width) each is cropped."""
 
     def read(sample: int, rng: np.random.Generator) -> Arrays:
         visit = Visit.draw(config, rng)
@@ -119,6 +129,18 @@ def picture_reader(source: Source, tokenizers: Tokenizers, config: DataConfig, t
         if visit.flip:
             pixels, time_ids = mirror(pixels, time_ids)
         ids, ids_2 = (tokenize(tokenizer, [words], config.caption_chunks)[0][0] for tokenizer in tokenizers)
-        return {"pixels": pixels, "input_ids": ids, "input_ids_2": ids_2, "time_ids": time_ids}
+        arrays = {"pixels": pixels, "input_ids": ids, "input_ids_2": ids_2, "time_ids": time_ids}
+        if with_control:
+            arrays["control"] = read_control(source, sample, picture.size, target, crop, flip=visit.flip)
+        return arrays
 
     return read
+
+
+def weighted(read: Read, weights: Float32[np.ndarray, " n"]) -> Read:
+    """What `read` reads, with the weight of each sample's loss."""
+
+    def read_with_weight(sample: int, rng: np.random.Generator) -> Arrays:
+        return {**read(sample, rng), "weight": np.asarray(weights[sample])}
+
+    return read_with_weight

@@ -50,6 +50,22 @@ def mirror(
     h, w, _, left, H, W = (int(i) for i in time_ids)
     mirrored_ids = time_ids.copy()
     mirrored_ids[3] = scaled_size((h, w), (H, W))[1] - W - left
+    return flipped(pixels), mirrored_ids
+
+
+def flipped(pixels: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W 3"]:
+    """The mirrored picture."""
     # NumPy takes more than twice as long for it.
-    mirrored = np.array(Image.fromarray(pixels).transpose(Image.Transpose.FLIP_LEFT_RIGHT))
-    return mirrored, mirrored_ids
+    return np.array(Image.fromarray(pixels).transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+
+
+def as_of_size(picture: Picture, size: Size) -> Picture:
+    """The middle of a picture as if it had been scaled to cover another size; nothing is interpolated yet."""
+    if picture.size == size:
+        return picture
+    (own_h, own_w), (h, w) = picture.size, size
+    scale = max(h / own_h, w / own_w)
+    y0, x0, y1, x1 = picture.box or (0.0, 0.0, *map(float, picture.pixels.shape[:2]))
+    # What of each side lies outside on either end.
+    y, x = ((y1 - y0) * (1 - h / (own_h * scale)) / 2, (x1 - x0) * (1 - w / (own_w * scale)) / 2)
+    return Picture(picture.pixels, size, (y0 + y, x0 + x, y1 - y, x1 - x))

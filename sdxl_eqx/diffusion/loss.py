@@ -1,6 +1,7 @@
 """The denoising loss, and the draws it is taken at."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -15,7 +16,6 @@ from sdxl_eqx.diffusion.prediction import to_target
 from sdxl_eqx.diffusion.schedule import Schedule
 from sdxl_eqx.diffusion.timesteps import draw_timesteps
 from sdxl_eqx.models.sdxl import Conditioning
-from sdxl_eqx.models.unet import UNet
 from sdxl_eqx.nn.compute import Compute
 
 DECILES = 10
@@ -61,27 +61,30 @@ class Draws(eqx.Module):
 
 
 def training_loss(
-    unet: UNet,
+    unet: Callable[..., Float[Array, "b h w c"]],
     schedule: Schedule,
     config: LossConfig,
     x0: Float[Array, "b h w c"],
     draws: Draws,
     cond: Conditioning,
+    weights: Float[Array | np.ndarray, " b"] | None = None,
     *,
     dtype: Any,
     compute: Compute,
 ) -> tuple[Scalar, Float[Array, " b"]]:
     """(mean of the weighted losses, each sample's loss without its weight), in float32.
 
-    `x0` are latents already scaled, in float32; the UNet, cast already, runs in `dtype`.
+    `x0` are latents already scaled, in float32; the UNet, cast already, runs in `dtype`; `weights` are of the samples,
+    by default 1.
     """
     x_t = schedule.add_noise(x0, draws.input_eps, draws.t).astype(dtype)
     time = draws.t.astype(jnp.float32)
     prediction = unet(x_t, time, cond.context, cond.pooled, cond.time_ids, compute=compute)
     losses = sample_losses(schedule, config, prediction, to_target(schedule, x0, draws.eps, draws.t), draws.t)
-    if config.snr_gamma == -1:
-        return jnp.mean(losses), losses
-    return jnp.mean(losses * min_snr_weights(schedule, config.snr_gamma, draws.t)), losses
+    weighted = losses if weights is None else losses * jnp.asarray(weights)
+    if config.snr_gamma != -1:
+        weighted = weighted * min_snr_weights(schedule, config.snr_gamma, draws.t)
+    return jnp.mean(weighted), losses
 
 
 def sample_losses(

@@ -15,16 +15,15 @@ log = logging.getLogger("sdxl_eqx")
 class Published:
     """A name that a training file or command line may give although it is no flag of training.
 
-    mapped: something else says it. ignored: it has no meaning here. absent: only its `idle` values can be had. beside:
-    it has an effect only with a name that is absent. drawing: scripts/generate.py has it.
+    mapped: something else says it. ignored: it has no meaning here. drawing: scripts/generate.py has it.
     """
 
     name: Name
-    fate: Literal["mapped", "ignored", "absent", "beside", "drawing"]
+    fate: Literal["mapped", "ignored", "drawing"]
     idle: tuple[Any, ...]
     """The values that ask for nothing: its default, and what says the same."""
     why: str
-    """To what it is mapped; or the reason, and for what is absent the nearest there is."""
+    """To what it is mapped; or the reason."""
     to: str = ""
     """The flag that takes its value where it is not given itself."""
 
@@ -66,23 +65,6 @@ PUBLISHED: Mapping[str, Published] = {
         enable_mllog=(bool, False), enable_ml_diagnostics=(bool, False), profiler_gcs_path=(str, ""),
         enable_ondemand_xprof=(bool, False),
     ),
-    **_flat("absent", "the UNet is trained, beside frozen text encoders", train_text_encoder=(bool, False)),
-    **_flat("beside", "of train_text_encoder", text_encoder_learning_rate=(float, 4.25e-6)),
-    **_flat(
-        "absent", "the UNet is trained; ControlNets are drawn with by scripts/generate.py",
-        train_controlnet=(bool, False),
-    ),
-    **_flat("beside", "of train_controlnet", conditioning_image_column=(str, "conditioning_image")),
-    **_flat(
-        "absent", "the whole UNet is trained; LoRAs are drawn with by scripts/generate.py, and merged by "
-        "scripts/convert_weights.py --lora", lora_rank=(int, 0), lora_init=(str, ""),
-    ),
-    **_flat("beside", "of lora_rank", lora_alpha=(str, ""), lora_targets=(str, "")),
-    **_flat(
-        "absent", "--activations-dtype bfloat16 is the smallest computation, and --ici-fsdp-parallelism shares weights "
-        "out", quantization=(str, ""), use_qwix_quantization=(bool, False),
-    ),
-    **_flat("beside", "of quantization", quantization_local_shard_count=(int, -1)),
     **_drawing("published", LoadedConfig),
     **_drawing("lora_config", LoraConfig),
 }  # fmt: skip
@@ -111,24 +93,16 @@ def today(key: str, text: str, file: str = "") -> str:
 
 
 def settle_file(file: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a file without those of published names: mapped, or listed in one log line with the reasons.
-
-    Raises:
-        FlagError: one asks for what this version does not have.
-    """
+    """The values of a file without those of published names: mapped, or listed in one log line with the reasons."""
     settled = {key: value for key, value in values.items() if key not in PUBLISHED}
     listed: dict[str, dict[str, None]] = {}
     for key in (key for key in values if key in PUBLISHED):
         published, value = PUBLISHED[key], values[key]
         match published.fate:
-            case "absent" if value not in published.idle:
-                raise FlagError(f"{file}: {key}: {_refusal(published, value)}, or leave the key out")
             case "mapped":
                 settled |= _mapped(f"{file}: {key} {value}", published, value, settled)
             case "ignored" | "drawing":
                 listed.setdefault(published.why, {})[key.partition(".")[0]] = None
-            case "beside" if value not in published.idle:
-                listed.setdefault(published.why, {})[key] = None
     if listed:
         log.info("%s: ignored: %s", file, "; ".join(f"{', '.join(keys)} ({why})" for why, keys in listed.items()))
     return settled
@@ -147,10 +121,6 @@ def settle_flags(flags: Mapping[str, Any], given: Collection[str]) -> dict[str, 
         match published.fate:
             case "drawing":
                 raise FlagError(f"{flag(key)} is {published.why}; leave it out of training")
-            case "absent" if asks:
-                raise FlagError(f"{flag(key)} {_refusal(published, value)}, or leave it out")
-            case "beside" if asks:
-                raise FlagError(f"{shown} has no effect here: it is {published.why}; leave it out")
             case "ignored" if asks:
                 raise FlagError(f"{shown} cannot be had: {published.why}; leave it out")
             case "mapped" if asks and not published.to:
@@ -177,11 +147,6 @@ def settle_data(file: str, values: Mapping[str, Any], flags: Mapping[str, Any]) 
     for key, why in dropped.items():
         log.warning("%s: %s: %r has no effect here: %s", file, key, values[key], why)
     return {key: value for key, value in values.items() if key not in dropped}
-
-
-def _refusal(published: Published, value: Any) -> str:
-    idle = published.idle[0]
-    return f"{value} is not supported by this version: {published.why}; write {idle or repr(idle)}"
 
 
 def _mapped(shown: str, published: Published, value: Any, given: Collection[str]) -> dict[str, Any]:

@@ -51,6 +51,17 @@ SWITCHES = (
     *SHARED,
     Switch(("output_dir",), lambda c: not c.run.base_output_directory, "leave --base-output-directory empty"),
     Switch(("compile_topology_num_slices",), lambda c: bool(c.parallel.compile_topology), "name a --compile-topology"),
+    Switch(
+        ("lora_alpha", "lora_targets", "lora_init", "lora_dropout", "use_rslora", "use_dora"),
+        lambda c: c.lora.lora_rank > 0,
+        "set --lora-rank",
+    ),
+    Switch(("text_encoder_learning_rate",), lambda c: c.text.train_text_encoder, "add --train-text-encoder"),
+    Switch(
+        ("quantization_local_shard_count",),
+        lambda c: c.quantization.how in ("int8", "fp8"),
+        "choose --quantization int8 or fp8",
+    ),
     Switch(("unet_checkpoint",), lambda c: not c.model.train_new_unet, "leave --train-new-unet out"),
     Switch(
         ("learning_rate_schedule_steps",),
@@ -111,7 +122,7 @@ SWITCHES = (
         "name a data set of the Hub with --dataset-name, or choose --dataset-type hf",
     ),
     Switch(
-        ("train_data_dir", "image_column", "caption_column"),
+        ("train_data_dir", "image_column", "caption_column", "instance_prompt"),
         lambda c: c.data.dataset_type != "synthetic",
         "choose another --dataset-type than synthetic",
     ),
@@ -124,11 +135,22 @@ SWITCHES = (
             "caption_chunks",
             "image_column",
             "caption_column",
+            "instance_prompt",
         ),
         lambda c: c.data.dataset_type != "tfrecord",
         "choose another --dataset-type than tfrecord, whose pictures and captions are encoded already",
     ),
     Switch(("bucket_count", "bucket_upscale"), lambda c: c.data.aspect_ratio_buckets, "add --aspect-ratio-buckets"),
+    Switch(
+        ("conditioning_image_column", "controlnet_conditioning_dropout"),
+        lambda c: c.controlnet.train_controlnet,
+        "add --train-controlnet",
+    ),
+    Switch(
+        ("class_prompt", "prior_loss_weight", "num_class_images"),
+        lambda c: bool(c.dreambooth.class_data_dir),
+        "name a folder with --class-data-dir",
+    ),
     Switch(("keep_tokens",), lambda c: c.data.caption_shuffle, "add --caption-shuffle"),
     Switch(("metrics_file", "tracker"), lambda c: c.metrics.write_metrics, "add --write-metrics"),
     Switch(
@@ -174,6 +196,12 @@ GENERATE_SWITCHES = (
         "add --do-classifier-free-guidance",
     ),
     Switch(("prompt",), lambda c: not c.picture.prompts_file, "leave --prompts-file out"),
+    # What '' stands for is known when the model is loaded, and checked then.
+    Switch(
+        ("eta",),
+        lambda c: c.diffusion_scheduler_config.class_name in ("", "DDIMScheduler"),
+        "choose --diffusion-scheduler-config._class-name DDIM",
+    ),
     Switch(("strength",), lambda c: bool(c.picture.image or c.picture.prompts_file), "give a picture with --image"),
     Switch(
         ("refiner_fraction", "aesthetic_score", "negative_aesthetic_score"),

@@ -63,7 +63,8 @@ def read_parts(config: GenerateConfig) -> tuple[ModelParts, FewSteps | None]:
     if config.model.vae_checkpoint:
         parts = _with_vae(parts, config, token=token)
     if few is not None:
-        parts = dataclasses.replace(parts, scheduler={**parts.scheduler, **few.scheduler})
+        asked = config.diffusion_scheduler_config.changed()
+        parts = dataclasses.replace(parts, scheduler={**parts.scheduler, **few.scheduler, **asked})
     return with_loras(parts, loras), few
 
 

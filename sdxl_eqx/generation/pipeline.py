@@ -4,16 +4,17 @@ import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
-from sdxl_eqx.config import GenerateConfig
+from sdxl_eqx.config import GenerateConfig, flag
 from sdxl_eqx.flags import GENERATE_NAMES, merge
 from sdxl_eqx.generation.distilled import FewSteps, as_asked
 from sdxl_eqx.generation.load import lay_out, lora_files, read_controlnets, read_parts, with_loras
+from sdxl_eqx.generation.memory import drawing_remedies, fitting, loading_remedies
 from sdxl_eqx.loading import ModelParts
 from sdxl_eqx.models.controlnet import ControlNet
 from sdxl_eqx.parallel.computing import attention_compute, encoding_compute
@@ -31,6 +32,9 @@ TILED_FROM = 2048 * 2048
 """Pixels above which pictures are decoded in tiles, where nothing else is asked for."""
 
 TILE = 512
+
+CHOSEN = tuple(key for key, name in GENERATE_NAMES.items() if get_origin(name.type) is Literal)
+"""Flags that take one of some words."""
 
 Picture = UInt8[np.ndarray, "_ _ 3"]
 Mask = UInt8[np.ndarray, "_ _"]
@@ -72,6 +76,9 @@ class Pipeline:
         unknown = flags.keys() - GENERATE_NAMES.keys()
         if unknown:
             raise TypeError(f"Pipeline.load has no {', '.join(sorted(unknown))}; scripts/generate.py --help lists all")
+        for key, choices in ((key, get_args(GENERATE_NAMES[key].type)) for key in flags if key in CHOSEN):
+            if flags[key] not in choices:
+                raise ValueError(f"{flag(key)} {flags[key]!r}: must be one of {', '.join(map(repr, choices))}")
         config = merge(GenerateConfig(), {"pretrained_model_name_or_path": name, **flags})
         _check(config)
         return cls.of(config)
@@ -82,11 +89,21 @@ class Pipeline:
 
         Raises:
             ValueError: where the model is wrong, naming the flag and the remedy.
+            OutOfMemory: where it does not fit the devices.
         """
+        with fitting("the model", loading_remedies(config)):
+            return cls._of(config)
+
+    @classmethod
+    def _of(cls, config: GenerateConfig) -> "Pipeline":
+        devices = choose_hardware(config.machine.hardware)
+        if devices[0].platform == "cpu" and config.model.activations_dtype == "float16":
+            raise ValueError(
+                "--activations-dtype float16: XLA has no such matrix products on CPU; use float32 or bfloat16."
+            )
         parts, few = read_parts(config)
         if few is not None:
             config = as_asked(config, few)
-        devices = choose_hardware(config.machine.hardware)
         layout = Layout(make_mesh(config.parallel, devices), config.parallel.logical_axis_rules)
         layout.check()
         models = lay_out(parts, config, layout)
@@ -112,6 +129,7 @@ class Pipeline:
 
         Raises:
             ValueError: for what is no LoRA of this model.
+            OutOfMemory: where it does not fit beside this one.
         """
         asked = dataclasses.replace(
             self.config.lora_config, lora_model_name_or_path=tuple(loras) or None, scale=tuple(loras.values()) or None,
@@ -121,7 +139,9 @@ class Pipeline:
         config = dataclasses.replace(self.config, lora_config=asked)
         bare = dataclasses.replace(self.config, lora_config=type(asked)())
         parts = with_loras(read_parts(bare)[0], files)
-        return dataclasses.replace(self, config=config, parts=parts, models=lay_out(parts, config, self.layout))
+        with fitting("the model", loading_remedies(config)):
+            models = lay_out(parts, config, self.layout)
+        return dataclasses.replace(self, config=config, parts=parts, models=models)
 
     def __call__(
         self,
@@ -145,6 +165,7 @@ class Pipeline:
 
         Raises:
             ValueError: for values that break a rule, naming the flag and the rule.
+            OutOfMemory: where the pictures do not fit the devices, with what would.
         """
         picture = dataclasses.replace(self.config.picture, **changes)
         config = dataclasses.replace(self.config, picture=picture)
@@ -175,6 +196,7 @@ class Pipeline:
 
         Raises:
             ValueError: where there is not one hint for each ControlNet, or a mask without a picture.
+            OutOfMemory: where the pictures do not fit the devices, with what would.
         """
         if len(hints) != len(self.controlnets):
             raise ValueError(f"{len(hints)} pictures for {len(self.controlnets)} ControlNets; give one for each.")
@@ -186,16 +208,30 @@ class Pipeline:
         filled = [min(i, len(prompts) - 1) for i in range(count)]
         tile = config.output.vae_tile or (TILE if size[0] * size[1] > TILED_FROM else 0)
         begun = None if image is None else _begun(image, mask, size, picture.strength, count)
-        pictures = generate(
-            self.models, [prompts[i] for i in filled], [seeds[i] for i in filled], size, self.manner(config),
-            dataclasses.replace(drawing, tile=tile), begun=begun, hints=self._hints(config, hints, size, count),
-        )  # fmt: skip
+        manner = self.manner(config)
+        shown = f"{count} {'picture' if count == 1 else 'pictures at once'} of {size[1]}x{size[0]}"
+        with fitting(shown, drawing_remedies(self.config, count=count, shares=shares, tile=tile)):
+            pictures = generate(
+                self.models, [prompts[i] for i in filled], [seeds[i] for i in filled], size, manner,
+                dataclasses.replace(drawing, tile=tile), begun=begun, hints=self._hints(config, hints, size, count),
+            )  # fmt: skip
         return pictures[: len(prompts)]
 
     def manner(self, config: GenerateConfig) -> Manner:
-        """How pictures of a config are drawn."""
-        picture = config.picture
-        timesteps = self.few.timesteps if self.few and picture.num_inference_steps == self.few.steps else ()
+        """How pictures of a config are drawn.
+
+        Raises:
+            ValueError: where --eta is asked of a model whose own sampler is not DDIM.
+        """
+        picture, scheduler = config.picture, self.models.scheduler.name
+        # Of a sampler that is asked for by its name, the command line has said that --eta has no effect.
+        if picture.eta and scheduler != "DDIMScheduler" and not config.diffusion_scheduler_config.class_name:
+            raise ValueError(
+                f"--eta {picture.eta:g}: the model's own sampler is {scheduler}, which has none; add "
+                "--diffusion-scheduler-config._class-name DDIM, or leave it out."
+            )
+        few = self.few if self.few and self.few.scheduler["_class_name"] == scheduler else None
+        timesteps = few.timesteps if few and picture.num_inference_steps == few.steps else ()
         return Manner(
             steps=picture.num_inference_steps,
             guidance_scale=picture.guidance_scale if picture.do_classifier_free_guidance else 1.0,

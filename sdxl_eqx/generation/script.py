@@ -16,15 +16,8 @@ from sdxl_eqx.generation.pipeline import Pipeline, each, prompt_of, strength_of
 from sdxl_eqx.parallel import hosts
 from sdxl_eqx.sampling.control_image import open_image, open_mask
 from sdxl_eqx.sampling.grid import grid
-from sdxl_eqx.sampling.png import (
-    ControlNetUse,
-    Parameters,
-    grid_file,
-    next_number,
-    picture_file,
-    save_png,
-    schedule_type,
-)
+from sdxl_eqx.sampling.parameters import ControlNetUse, Parameters, schedule_type
+from sdxl_eqx.sampling.png import grid_file, next_number, picture_file, save_png
 from sdxl_eqx.sampling.prompts import PromptLine, read_prompts
 
 log = logging.getLogger("sdxl_eqx")
@@ -100,6 +93,7 @@ def draw_pictures(config: GenerateConfig) -> list[Path]:
     Raises:
         ValueError: where flags, prompts, pictures or models are wrong; nothing is loaded before what can be checked.
         OSError: where a picture cannot be read or written.
+        OutOfMemory: where model or pictures do not fit the devices; pictures before are written.
     """
     lines = lines_of(config)  # once: it may be a pipe
     jobs = jobs_of(config, lines)

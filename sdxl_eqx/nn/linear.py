@@ -1,6 +1,8 @@
 """The dense layer."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -8,19 +10,27 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
+Dot = Callable[[Any, Any, Any], Any]
+"""A matrix product with the first three arguments of `jax.lax.dot_general`; equal and hashed by what it computes."""
+
 
 class Linear(eqx.Module):
-    """`x @ weight.T + bias`, over the last axis; the layout and the initial values of `torch.nn.Linear`."""
+    """`x @ weight.T + bias`, over the last axis; the layout and the initial values of `torch.nn.Linear`.
+
+    `dot` computes the product: `quantize.py` has those that round what they multiply.
+    """
 
     weight: Float[Array, "c_out c_in"]
     bias: Float[Array, " c_out"] | None
+    dot: Dot = eqx.field(static=True)
 
     def __init__(self, c_in: int, c_out: int, *, use_bias: bool = True, key: PRNGKeyArray):
         weight_key, bias_key = jr.split(key)
         bound = 1 / math.sqrt(c_in)
         self.weight = jr.uniform(weight_key, (c_out, c_in), jnp.float32, -bound, bound)
         self.bias = jr.uniform(bias_key, (c_out,), jnp.float32, -bound, bound) if use_bias else None
+        self.dot = jax.lax.dot_general
 
     def __call__(self, x: Float[Array, "*b c_in"]) -> Float[Array, "*b c_out"]:
-        y = jax.lax.dot_general(x, self.weight, (((x.ndim - 1,), (1,)), ((), ())))
+        y = self.dot(x, self.weight, (((x.ndim - 1,), (1,)), ((), ())))
         return y if self.bias is None else y + self.bias.reshape((1,) * (y.ndim - 1) + (-1,))

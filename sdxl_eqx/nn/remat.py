@@ -9,6 +9,9 @@ from sdxl_eqx.kernels.residuals import keep_attention
 
 Remat = Literal["none", "dots", "attention", "full", "offload"]
 
+PRODUCT = "product"
+"""The name (`jax.ad_checkpoint.checkpoint_name`) of a product in 8 bits that is to be kept: its sums, once scaled."""
+
 GATHERS = "sharding_constraint"
 """The primitive that brings the shards of a weight together. Its result is as large as the whole weight: never kept."""
 
@@ -28,12 +31,18 @@ def keep_products(primitive: Any, *avals: Any, **params: Any) -> bool:
     Two kinds of matrix product are not kept: those with a batch, which are the scores of attention without a kernel,
     and those that widen, as the first of a feed-forward does: 8 times its input, for a tenth of the UNet's products.
     """
+    if primitive.name == "name" and params["name"] == PRODUCT:
+        return True
     if primitive is not jax.lax.dot_general_p:
         return primitive is jax.lax.conv_general_dilated_p or keep_attention(primitive, *avals, **params)
     (_, contracted), (_, batch) = params["dimension_numbers"]
     weight = avals[1].shape
-    width = math.prod(weight[i] for i in contracted)
-    return not batch and math.prod(weight) <= width * width
+    return not batch and not widens(weight, math.prod(weight[i] for i in contracted))
+
+
+def widens(weight: tuple[int, ...], width: int) -> bool:
+    """Whether the result of a product by a weight of that shape, over `width` inputs, is larger than what went in."""
+    return math.prod(weight) > width * width
 
 
 def offload_products(primitive: Any, *avals: Any, **params: Any) -> Any:

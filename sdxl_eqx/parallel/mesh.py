@@ -1,7 +1,7 @@
 """The mesh of devices, and how many samples a step of it takes."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jax.experimental import mesh_utils
@@ -9,6 +9,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sdxl_eqx.config import MeshConfig
+
+
+def slice_count(devices: Iterable[Any]) -> int:
+    """How many slices these devices are of; 1 where they have none."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any]) -> Mesh:
@@ -21,7 +26,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any]) -> Mesh:
         ValueError: where sizes do not multiply to the devices of a slice, or to the number of slices, or do not fit a
             TPU's physical axes.
     """
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    slices = slice_count(devices)
     inside = _sizes(config, "ici", len(devices) // slices, "devices here" if slices == 1 else "devices of a slice")
     across = _sizes(config, "dcn", slices, "slice here" if slices == 1 else "slices here")
     split = config.allow_split_physical_axes

@@ -1,6 +1,7 @@
 """From prompts to pictures: text to image, image to image, inpainting, with ControlNets and a refiner."""
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +27,8 @@ from sdxl_eqx.sampling.schedulers.plan import Plan, Table, plan
 from sdxl_eqx.sampling.schedulers.run import run
 from sdxl_eqx.sampling.schedulers.scheduler import Scheduler
 from sdxl_eqx.sampling.tiles import decode_tiled
+
+log = logging.getLogger("sdxl_eqx")
 
 POSTERIOR = 1 << 31
 """Folded into a picture's key for what the VAE says of the picture that is begun from."""
@@ -133,7 +136,7 @@ def step_noise(keys: Key[Array, " b"], index: Array, shape: tuple[int, ...]) -> 
     return jax.vmap(lambda key: jr.normal(jr.fold_in(key, index + 1), shape[1:], jnp.float32))(keys)
 
 
-@partial(jax.jit, static_argnames=("drawing", "prediction_type", "rescale", "ends"))
+@partial(jax.jit, static_argnames=("drawing", "prediction_type", "rescale"))
 def draw(
     unet: UNet,
     x: Latents,
@@ -148,13 +151,11 @@ def draw(
     beside: Float[Array, "b h w k"] | None = None,
     prediction_type: str,
     rescale: float = 0.0,
-    ends: bool = True,
     drawing: Drawing,
 ) -> tuple[Latents, Bool[Array, " n"]]:
     """(latents, scaled by scaling_factor as they were; whether they were finite after each step): one compiled loop.
 
-    `x` is at the level of the table's first evaluation. `ends` says that the last step leads to the finished picture,
-    of which inpainting keeps what it kept as it is.
+    `x` is at the level of the table's first evaluation.
     """
     x, cond, uncond, kept, beside = drawing.place((x, cond, uncond, kept, beside))
     steering = tuple(Steering(cast(s.net, drawing.dtype), drawing.place(s.image), s.scales) for s in steering)
@@ -264,15 +265,23 @@ def draw_latents(
             models.encoders, models.tokenize, prompts, size, drawing, zeros=models.zeros_for_absent
         )
     refiner, evaluations = models.refiner, len(drawn.timesteps)
+    if refiner is not None:
+        _check_shared(drawn, refiner, begun)
     base = drawn if refiner is None else drawn.until(1 - refiner.fraction)
     common = {"prediction_type": models.scheduler.schedule.prediction_type, "rescale": manner.guidance_rescale}
     steering = tuple(
         Steering(h.net, drawing.put(jnp.asarray(h.image)), jnp.asarray(h.scales(evaluations))) for h in hints
     )
     done = len(base.timesteps)
+    for hint in hints:
+        if hint.scale and not hint.scales(evaluations)[:done].any():
+            log.warning(
+                "a ControlNet takes no part: of the %d evaluations none lies between its start %g and its end %g",
+                done, hint.start, hint.end,
+            )  # fmt: skip
     latents, finite = draw(
         models.unet, x, cond, uncond, drawing.put(base.table), drawing.put(manner.scales(0, done, evaluations)), keys,
-        steering=steering, kept=kept, beside=beside, drawing=drawing, **common,
+        steering=steering, kept=kept if beside is None else None, beside=beside, drawing=drawing, **common,
     )  # fmt: skip
     _check_finite(finite, base)
     if refiner is None:
@@ -310,7 +319,10 @@ def _beginning(
     keys: Key[Array, " b"],
     drawing: Drawing,
 ) -> tuple[Latents, Kept | None, Float[Array, "b h w k"] | None]:
-    """(latents at the first level, what is kept, what an inpainting UNet sees beside them)."""
+    """(latents at the first level, what is kept, what an inpainting UNet sees beside them).
+
+    An inpainting UNet keeps what it sees by itself; a refiner after it does not.
+    """
     channels, latent = models.unet.config.in_channels, models.encoders.vae.config.latent_channels
     is_inpainting = channels == 2 * latent + 1
     if channels not in (latent, 2 * latent + 1):
@@ -330,11 +342,28 @@ def _beginning(
         x = eps * whole.initial_scale  # nothing of the picture is to be seen under the mask
     scale = models.encoders.vae.config.downscale
     mask = drawing.put(jnp.asarray(begun.mask[:, ::scale, ::scale]))
+    kept = Kept(x0, eps, mask)
     if not is_inpainting:
-        return x, Kept(x0, eps, mask), None
+        return x, kept, None
     seen = begun.pixels * (begun.mask < 0.5)
     masked = encode(models.encoders.vae, drawing.put(seen.astype(np.float32)), drawn_eps, drawing=drawing)
-    return x, None, jnp.concatenate([mask, masked], axis=-1)
+    return x, kept, jnp.concatenate([mask, masked], axis=-1)
+
+
+def _check_shared(drawn: Plan, refiner: Refiner, begun: Begun | None) -> None:
+    """Check that base model and refiner both have steps to draw."""
+    count = drawn.count_until(1 - refiner.fraction)
+    if count == 0:
+        strength = "" if begun is None else f" of --strength {begun.strength:g}"
+        raise ValueError(
+            f"--refiner-fraction {refiner.fraction:g}: all {len(drawn.timesteps)} evaluations{strength} are within it, "
+            "which leaves none to the model itself; lower it, or raise --strength or --num-inference-steps."
+        )
+    if count == len(drawn.timesteps):
+        raise ValueError(
+            f"--refiner-fraction {refiner.fraction:g}: none of the {count} evaluations is within it; raise it, or "
+            "--num-inference-steps, or leave --refiner-model-name-or-path out."
+        )
 
 
 def _check_finite(finite: Bool[Array, " n"], plan: Plan) -> None:

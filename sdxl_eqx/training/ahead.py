@@ -13,7 +13,6 @@ from typing import Any
 import jax
 
 from sdxl_eqx.config import TrainConfig
-from sdxl_eqx.data.tokenizer import LENGTH
 from sdxl_eqx.loading import ModelParts, ModelShapes
 from sdxl_eqx.parallel import topologies
 from sdxl_eqx.parallel.begin import configure_jax
@@ -21,7 +20,7 @@ from sdxl_eqx.parallel.collectives import collectives, sent
 from sdxl_eqx.parallel.compiler_flags import set_compiler_flags
 from sdxl_eqx.parallel.mesh import describe, make_mesh
 from sdxl_eqx.parallel.specs import Layout
-from sdxl_eqx.training.flops import recompute_ratio, training_flops, unet_training_flops
+from sdxl_eqx.training.flops import denoising_flops, step_recompute_ratio, training_flops
 from sdxl_eqx.training.memory import Encoding, step_bytes
 from sdxl_eqx.training.optimizer import learning_rate, make_optimizer
 from sdxl_eqx.training.program import Program
@@ -169,7 +168,7 @@ class Target:
         batch = shares / layout.mesh.size
         one = dataclasses.replace(config, optim=dataclasses.replace(config.optim, per_device_batch_size=batch))
         compute = Program.make(one, self.shapes, self.devices, None).compute
-        encoders = Encoding.of(self.shapes, layout, config.data)
+        encoders = Encoding.of(self.shapes, layout, config)
         side = config.data.resolution // self.shapes.vae.downscale
         none, some = (step_bytes(config, self.shapes.unet, layout, n, side, compute, encoders) for n in (0.0, 1.0))
         return max(int((self.chip.limit - none) / (some - none)), 1)
@@ -183,13 +182,11 @@ class Target:
         traffic = collectives(compiled.as_text())
         n, batch, config = program.mesh.size, program.batch_size, program.config
         side = config.data.resolution // self.shapes.vae.downscale
-        resolution, tokens = config.data.resolution, LENGTH * config.data.caption_chunks
-        unet = batch * unet_training_flops(self.shapes.unet, side, side, tokens) / 1e12
-        everything = batch * training_flops(self.shapes, config.data, (resolution, resolution)) / 1e12
+        resolution = config.data.resolution
+        unet = batch * denoising_flops(self.shapes, config, side, side) / 1e12
+        everything = batch * training_flops(self.shapes, config, (resolution, resolution)) / 1e12
         shares = program.layout.size(program.layout.batch)
-        ratio = recompute_ratio(
-            self.shapes.unet, program.compute, batch=shares, side=side, dtype=program.dtype, tokens=tokens
-        )
+        ratio = step_recompute_ratio(self.shapes, config, program.compute, batch=shares, side=side, dtype=program.dtype)
         peak_rate = n * self.chip.tflops
         computing = (unet * ratio + everything - unet) / peak_rate
         state = 2 * shard_bytes(program.state(optimizer)) / GB / self.chip.bandwidth

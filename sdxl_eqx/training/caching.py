@@ -16,6 +16,7 @@ from sdxl_eqx.parallel.computing import encoding_compute
 from sdxl_eqx.parallel.devices import choose_hardware
 from sdxl_eqx.parallel.mesh import describe, make_mesh
 from sdxl_eqx.parallel.specs import Layout
+from sdxl_eqx.training.class_pictures import draw_class_pictures
 from sdxl_eqx.training.encoding import Encoding
 from sdxl_eqx.training.inputs import read_data_and_model
 from sdxl_eqx.training.looking import look_at
@@ -50,6 +51,7 @@ def cache_dataset(config: TrainConfig) -> CacheSummary:
         raise ValueError("--no-cache-latents-text-encoder-outputs: there is nothing to cache then; leave it out.")
     configure_jax(config.run, config.model.precision)
     layout = Layout(make_mesh(config.parallel, choose_hardware(config.run.hardware)))
+    draw_class_pictures(config)
     inputs = hosts.together(partial(read_data_and_model, config))
     source, parts = inputs.source, inputs.parts
     if isinstance(source, LatentRecords):

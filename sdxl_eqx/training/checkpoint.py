@@ -14,10 +14,12 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from sdxl_eqx.models.unet import UNet
+from sdxl_eqx.nn.lora import FIELDS
 from sdxl_eqx.parallel import hosts
+from sdxl_eqx.training.networks import Networks
 from sdxl_eqx.training.state import TrainState
-from sdxl_eqx.weights.native import FORMAT, Item
-from sdxl_eqx.weights.run import Saved, find_checkpoint, read_meta
+from sdxl_eqx.weights.native import Item
+from sdxl_eqx.weights.run import FORMAT, Saved, find_checkpoint, read_meta
 from sdxl_eqx.weights.skeletons import skeleton
 
 log = logging.getLogger("sdxl_eqx")
@@ -64,7 +66,7 @@ class Checkpoints:
         self.wait()
         if not self.is_remote:
             self._check_room(step, sum(x.nbytes for x in jax.tree.leaves(state) if not _is_key(x)) + MARGIN)
-        meta = {"format": FORMAT, "unet": saved.unet, "ema": saved.ema, "config": saved.config, "data": saved.data}
+        meta = {"format": FORMAT, **{key: value for key, value in vars(saved).items() if key != "format"}}
         items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
         with self._explained(f"no checkpoint of step {step}"):
             self.manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items))
@@ -107,6 +109,11 @@ class Checkpoints:
         Raises:
             ValueError: where the checkpoint is of another model.
         """
+        if self.saved(step).format != FORMAT:
+            raise ValueError(
+                f"{self.folder / str(step)}: was written by an earlier version, whose optimizer has other names; start "
+                f"another --run-name from its weights: --unet-checkpoint {Path(self.folder).parent}."
+            )
         wanted = _items(like)
         try:
             if self.broadcast_over is None:
@@ -202,17 +209,39 @@ def unflatten(arrays: dict[str, Any], like: Any) -> Any:
 def _items(state: TrainState) -> dict[str, Any]:
     """A state as Orbax stores it: parts by name, each a flat mapping; typed keys as their words."""
     loop = {"step": state.step, "key": _key_words(state.key)}
-    items = {"loop": loop, "unet": flatten(state.unet), "optimizer": flatten(state.opt_state)}
-    return items if state.ema is None else {**items, "ema": flatten(state.ema)}
+    average = {} if state.ema is None else _by_part(state.ema)
+    averages = {"ema" if part == "unet" else f"ema_{part}": arrays for part, arrays in average.items()}
+    return {"loop": loop, "optimizer": flatten(state.opt_state), **_by_part(state.trained), **averages}
+
+
+def _by_part(trained: Networks) -> dict[str, dict[str, Any]]:
+    """What trains by part of the model, LoRAs apart from weights."""
+    found: dict[str, dict[str, Any]] = {}
+    for path, array in flatten(trained).items():
+        part, _, rest = path.removeprefix("encoders.").partition(".")
+        item = f"{part}_lora" if path.rpartition(".")[2] in FIELDS else part
+        found.setdefault(item, {})[rest] = array
+    return found
+
+
+def _from_parts(items: dict[str, Any], like: Networks, *, ema: bool = False) -> Networks:
+    """The inverse of `_by_part`, for the items of the average where it is meant."""
+    arrays = []
+    for path in flatten(like):
+        part, _, rest = path.removeprefix("encoders.").partition(".")
+        item = f"{part}_lora" if path.rpartition(".")[2] in FIELDS else part
+        name = item if not ema else "ema" if item == "unet" else f"ema_{item}"
+        arrays.append(items[name][rest])
+    return jax.tree.unflatten(jax.tree.structure(like), arrays)
 
 
 def _from_items(items: dict[str, Any], like: TrainState) -> TrainState:
     return TrainState(
         step=items["loop"]["step"],
         key=jr.wrap_key_data(items["loop"]["key"]),
-        unet=unflatten(items["unet"], like.unet),
+        trained=_from_parts(items, like.trained),
         opt_state=unflatten(items["optimizer"], like.opt_state),
-        ema=None if like.ema is None else unflatten(items["ema"], like.ema),
+        ema=None if like.ema is None else _from_parts(items, like.ema, ema=True),
     )
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Int
 from sdxl_eqx.config import TrainConfig
 from sdxl_eqx.data.bad import BadItems, BadSample
 from sdxl_eqx.data.buckets import Buckets
-from sdxl_eqx.data.cache import PICTURES, TEXT, Cached, Contents, is_text_cached, open_stores
+from sdxl_eqx.data.cache import PICTURES, TEXT, Cached, Contents, open_stores
 from sdxl_eqx.data.pictures import Size
 from sdxl_eqx.data.sources import Source
 from sdxl_eqx.data.store import StoreWriter
@@ -62,7 +62,7 @@ class Encoding:
         """
         config = self.config
         vae, text = vae_fingerprint(on_host.vae, self.parts.vae), None
-        if is_text_cached(config.data):
+        if config.is_text_cached:
             encoders = (on_host.text_encoder, on_host.text_encoder_2)
             text = f"{text_fingerprint(encoders, self.parts)} {config.model.activations_dtype}"
         contents = Contents.of(

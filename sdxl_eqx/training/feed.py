@@ -15,11 +15,10 @@ from sdxl_eqx.data.bad import BadItems
 from sdxl_eqx.data.batch import AnyBatch, to_batch
 from sdxl_eqx.data.buckets import Buckets, one_bucket
 from sdxl_eqx.data.cache import latent_reader
-from sdxl_eqx.data.loader import Read, make_stream, picture_reader, position
+from sdxl_eqx.data.loader import Read, make_stream, picture_reader, position, weighted
 from sdxl_eqx.data.order import Order
 from sdxl_eqx.data.sources import Source
 from sdxl_eqx.data.sources.latents import LatentRecords
-from sdxl_eqx.models.sdxl import Encoders
 from sdxl_eqx.parallel import hosts
 from sdxl_eqx.parallel.mesh import own_rows
 from sdxl_eqx.training.encoding import Encoding
@@ -35,8 +34,6 @@ class Feed:
 
     stream: Any
     """Arrays of this process's rows of each batch, from the run's position on."""
-    frozen: Encoders | None
-    """The encoders that the step needs, or None where batches are encoded already."""
     buckets: Buckets
     """The shapes of batches, of which what is held out takes none."""
     read: Read
@@ -57,7 +54,9 @@ def feed(run: Run) -> Feed:
     """
     data = run.config.data
     bad = BadItems(len(run.source), data.max_bad_fraction)
-    everything, read, frozen = _readers(run, bad)
+    everything, read = _readers(run, bad)
+    if run.inputs.weights is not None:
+        read = weighted(read, run.inputs.weights)
     held = np.full_like(everything.of, -1)
     held[run.inputs.held] = everything.of[run.inputs.held]
     buckets = Buckets(everything.shapes, np.where(held < 0, everything.of, -1).astype(held.dtype))
@@ -68,7 +67,7 @@ def feed(run: Run) -> Feed:
     start = next_batch(run)
     if start:
         stream.set_state(position(start, len(rows)))
-    return Feed(stream, frozen, buckets, read, held, bad, start)
+    return Feed(stream, buckets, read, held, bad, start)
 
 
 def next_batch(run: Run) -> int:
@@ -82,37 +81,38 @@ def next_batch(run: Run) -> int:
     return samples // run.batch_size
 
 
-def _readers(run: Run, bad: BadItems) -> tuple[Buckets, Read, Encoders | None]:
-    """The shapes of batches, what reads a sample, and the encoders that the step needs."""
+def _readers(run: Run, bad: BadItems) -> tuple[Buckets, Read]:
+    """The shapes of batches, and what reads a sample."""
     config, source, data = run.config, run.source, run.config.data
     encoding = Encoding(config, run.layout, run.program.encoding, run.parts, run.encoders)
     if isinstance(source, LatentRecords):
         buckets = one_bucket(np.ones(len(source), bool), source.resolution)
         empty = encoding.empty() if data.caption_dropout > 0 else None
         run.encoders = hosts.to_host(run.encoders)
-        return buckets, latent_reader(source, data, empty), None
+        return buckets, latent_reader(source, data, empty)
     is_cached = data.cache_latents_text_encoder_outputs
     if not is_cached and not data.aspect_ratio_buckets:
         buckets = one_bucket(np.ones(len(source), bool), data.resolution)
-        return buckets, _picture_reader(run, source, buckets), run.encoders
+        return buckets, _picture_reader(run, source, buckets)
     looked, buckets = look_at(source, run.parts, data, bad, batch_size=run.batch_size)
     if not is_cached:
-        return buckets, _picture_reader(run, source, buckets), run.encoders
+        return buckets, _picture_reader(run, source, buckets)
     folder = Path(data.dataset_save_location or run.folder.path / "cache")
     on_host = hosts.to_host(run.encoders)
     cached = encoding.cached(source, folder, looked, buckets, bad, on_host=on_host)
-    frozen = None if run.program.is_encoded else run.encoders
-    if frozen is None:
+    if run.program.is_encoded:
         run.encoders = on_host  # they wait in host memory until there are pictures to draw
     buckets = Buckets(buckets.shapes, np.where(cached.usable, buckets.of, -1).astype(buckets.of.dtype))
-    return buckets, cached.reader(source, run.parts.tokenizers), frozen
+    with_control = config.controlnet.train_controlnet
+    return buckets, cached.reader(source, run.parts.tokenizers, with_control=with_control)
 
 
 def _picture_reader(run: Run, source: Source, buckets: Buckets) -> Read:
     def target(sample: int) -> tuple[int, int]:
         return buckets.shapes[buckets.of[sample]]
 
-    return picture_reader(source, run.parts.tokenizers, run.config.data, target)
+    with_control = run.config.controlnet.train_controlnet
+    return picture_reader(source, run.parts.tokenizers, run.config.data, target, with_control=with_control)
 
 
 class Batches:

@@ -1,24 +1,19 @@
 """What a run shows and leaves: samples, caption retrieval and the export."""
 
-import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sdxl_eqx.data.sources.latents import LatentRecords
-from sdxl_eqx.data.tokenizer import save_tokenizers
-from sdxl_eqx.models.sdxl import SDXL, cast
-from sdxl_eqx.models.unet import UNet
 from sdxl_eqx.parallel import hosts
 from sdxl_eqx.sampling.grid import grid
 from sdxl_eqx.training.errors import RunError
+from sdxl_eqx.training.exporting import export
 from sdxl_eqx.training.metrics import MetricsWriter
+from sdxl_eqx.training.networks import Networks
 from sdxl_eqx.training.setup import Run
 from sdxl_eqx.training.showing import (
     caption_retrieval,
@@ -29,9 +24,6 @@ from sdxl_eqx.training.showing import (
 )
 from sdxl_eqx.training.state import TrainState
 from sdxl_eqx.training.stop import Stop
-from sdxl_eqx.weights.folder import write_folder
-from sdxl_eqx.weights.index import index_of
-from sdxl_eqx.weights.write import model_of
 
 log = logging.getLogger("sdxl_eqx")
 
@@ -42,8 +34,9 @@ def show(run: Run, n: int, state: TrainState, writer: MetricsWriter) -> None:
     if sample.samples_per_grid == 0:
         return
     prompts = sample_prompts(sample, run.source, sample.samples_per_grid)
-    for ending, unet in (("", state.best), *((("_raw", state.unet),) if state.ema is not None else ())):
-        pictures = _drawn(run, unet, prompts)
+    raw = () if state.ema is None else (("_raw", state.trained),)
+    for ending, trained in (("", state.best), *raw):
+        pictures = _drawn(run, trained, prompts)
         if pictures is None or not hosts.is_first():
             continue
         sheet = grid(pictures)
@@ -64,10 +57,10 @@ def _without(what: str) -> Iterator[None]:
         log.error("no %s: %s", what, error)
 
 
-def _drawn(run: Run, unet: UNet, prompts: Sequence[str]) -> np.ndarray | None:
+def _drawn(run: Run, trained: Networks, prompts: Sequence[str]) -> np.ndarray | None:
     """Pictures of prompts; None, said loudly, where the weights no longer give any."""
     try:
-        return draw_captions(run, unet, prompts)
+        return draw_captions(run, trained, prompts)
     except ValueError as error:
         log.error("no samples: %s", error)
     except jax.errors.JaxRuntimeError as error:
@@ -87,26 +80,11 @@ def finish(run: Run, step: int, state: TrainState, writer: MetricsWriter, stop: 
     retrieval = None if stop.now() else _retrieve(run, step, state, writer)
     if stop.now():
         return retrieval
-    dtype = jnp.dtype(run.config.checkpoint.export_dtype)
-    whole = SDXL(state.best, run.encoders)
-    if jax.process_count() > 1:  # alone, each tensor is fetched as it is written
-        whole = hosts.to_host(cast(whole, dtype))
     try:
-        hosts.together(partial(_export, run, step, whole, dtype))
+        export(run, step, state.best)
     except (ValueError, OSError) as error:
         raise RunError(f"the export could not be written ({error}); free space and run the same again.") from error
     return retrieval
-
-
-def _export(run: Run, step: int, whole: SDXL, dtype: Any) -> None:
-    """Write the diffusers folder, by the first process, and note that the run is finished."""
-    if not hosts.is_first():
-        return
-    model = model_of(whole, run.parts.schedule.to_json(), dtype=dtype)
-    model = dataclasses.replace(model, index=index_of(caption_dropout=run.config.data.caption_dropout))
-    tokenizers = partial(save_tokenizers, run.parts.tokenizers)
-    write_folder(model, run.folder.export, save_tokenizers=tokenizers, overwrite=True)
-    run.folder.finish(step)
 
 
 def _retrieve(run: Run, step: int, state: TrainState, writer: MetricsWriter) -> float | None:

@@ -1,7 +1,9 @@
 """Floating-point operations of a computation, counted in its jaxpr."""
 
+import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -11,14 +13,14 @@ import jax.random as jr
 from jax.extend import core
 from jax.interpreters.partial_eval import dce_jaxpr
 
-from sdxl_eqx.config import DataConfig
-from sdxl_eqx.data.cache import is_text_cached
+from sdxl_eqx.config import TrainConfig
 from sdxl_eqx.data.pictures import Size
 from sdxl_eqx.data.tokenizer import LENGTH
 from sdxl_eqx.loading import ModelShapes
 from sdxl_eqx.models.sdxl import cast
 from sdxl_eqx.models.unet import UNet, UNetConfig
 from sdxl_eqx.nn.compute import Compute
+from sdxl_eqx.training.networks import Networks, join, network_shapes, split
 
 KERNELS = {
     "dot_product_attention_fwd_wrapper": 2,
@@ -45,15 +47,42 @@ def count_flops(function: Callable[..., Any], *args: Any) -> int:
     return _count(dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
 
 
-def training_flops(shapes: ModelShapes, data: DataConfig, size: Size) -> int:
+def training_flops(shapes: ModelShapes, config: TrainConfig, size: Size) -> int:
     """Of one training step on one picture of (height, width) `size`: the UNet's both passes, and what is encoded."""
+    data = config.data
     h, w = (side // shapes.vae.downscale for side in size)
-    flops = unet_training_flops(shapes.unet, h, w, LENGTH * data.caption_chunks)
-    if not is_text_cached(data):
-        flops += text_flops(shapes, data.caption_chunks)
+    flops = denoising_flops(shapes, config, h, w)
+    if not config.is_text_cached:
+        flops += text_flops(shapes, data.caption_chunks) * (3 if config.text.train_text_encoder else 1)
     if not data.cache_latents_text_encoder_outputs:
         flops += vae_flops(shapes, size)
     return flops
+
+
+def denoising_flops(shapes: ModelShapes, config: TrainConfig, h: int, w: int) -> int:
+    """Of one training step on one latent of h x w, without what is encoded; what is recomputed does not count."""
+    tokens = LENGTH * config.data.caption_chunks
+    if config.trains == "unet":
+        return unet_training_flops(shapes.unet, h, w, tokens)
+    return both_passes(shapes, config, Compute(), batch=1, h=h, w=w, dtype=jnp.float32)
+
+
+def both_passes(
+    shapes: ModelShapes, config: TrainConfig, compute: Compute, *, batch: int, h: int, w: int, dtype: Any
+) -> int:
+    """What forward and backward pass of what denoises compute, where a part of it trains."""
+    networks = network_shapes(shapes, config)
+    trained, frozen = split(Networks(networks.unet, None, networks.controlnet), config)
+    inputs = unet_inputs(shapes.unet, batch, h, w, dtype, LENGTH * config.data.caption_chunks)
+    image = jax.ShapeDtypeStruct((batch, h * shapes.vae.downscale, w * shapes.vae.downscale, 3), dtype)
+
+    def loss(trained: Networks, frozen: Networks, image: Any, *inputs: Any) -> Any:
+        whole = cast(join(trained, frozen), dtype)
+        nets = whole.controlnet
+        control = None if nets is None else nets(*inputs, image=image, compute=compute)
+        return jnp.sum(whole.unet(*inputs, control=control, compute=compute).astype(jnp.float32))
+
+    return count_flops(jax.value_and_grad(loss), trained, frozen, image, *inputs)
 
 
 def unet_training_flops(config: UNetConfig, h: int, w: int, tokens: int = LENGTH) -> int:
@@ -73,6 +102,17 @@ def text_flops(shapes: ModelShapes, chunks: int = 1) -> int:
     """Of encoding one caption of so many chunks of 77 tokens."""
     ids = jax.ShapeDtypeStruct((1, LENGTH * chunks), jnp.int32)
     return count_flops(lambda encoders, ids: encoders.encode_text(ids, ids), shapes.encoder_shapes(), ids)
+
+
+def step_recompute_ratio(
+    shapes: ModelShapes, config: TrainConfig, compute: Compute, *, batch: int, side: int, dtype: Any
+) -> float:
+    """That of `recompute_ratio`; where not the whole UNet trains, over what is computed where all is kept."""
+    tokens = LENGTH * config.data.caption_chunks
+    if config.trains == "unet":
+        return recompute_ratio(shapes.unet, compute, batch=batch, side=side, dtype=dtype, tokens=tokens)
+    passes = partial(both_passes, shapes, config, batch=batch, h=side, w=side, dtype=dtype)
+    return passes(compute) / passes(dataclasses.replace(compute, remat="none", gather=None, place=None))
 
 
 def recompute_ratio(

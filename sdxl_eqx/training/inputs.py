@@ -8,12 +8,14 @@ from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float32, Int
 
 from sdxl_eqx.config import DataConfig, TrainConfig
 from sdxl_eqx.data.bad import BadSample
+from sdxl_eqx.data.dreambooth import beside_class
 from sdxl_eqx.data.sources import Source
-from sdxl_eqx.data.sources.files import cache_folder
+from sdxl_eqx.data.sources.files import cache_folder, is_local
+from sdxl_eqx.data.sources.folder import ImageFolder
 from sdxl_eqx.data.sources.joined import Joined
 from sdxl_eqx.data.sources.latents import LatentRecords
 from sdxl_eqx.data.sources.open import open_source
@@ -34,6 +36,8 @@ class Inputs:
     parts: ModelParts
     held: Int[np.ndarray, " m"]
     """Samples that are not trained on, but measured with."""
+    weights: Float32[np.ndarray, " n"] | None = None
+    """What the loss of each sample is multiplied by, where it is not 1 for all."""
 
     @property
     def trained_on(self) -> int:
@@ -51,20 +55,57 @@ def read_data_and_model(config: TrainConfig) -> Inputs:
     data, token = config.data, config.data.hf_access_token
     # The data come first: a wrong folder is said before a model is fetched.
     parts = cache(partial(ModelParts.read, config.model, config.diffusion_scheduler_config, token=token))
-    latents = partial(_open_latents, parts, data=data)
-    source = open_source(data, seed=config.run.seed, token=token, latents=latents)
+    net = config.controlnet
+    opened = partial(
+        open_source, seed=config.run.seed, token=token, latents=partial(_open_latents, parts, data=data),
+        condition_column=net.conditioning_image_column if net.train_controlnet else "",
+        caption=config.dreambooth.instance_prompt,
+    )  # fmt: skip
+    source = opened(data)
     split = config.sample.eval_split
     fraction = held_fraction(split)
-    if not split:
-        return Inputs(source, parts(), np.zeros(0, int))
+    held = np.zeros(0, int)
     if fraction is not None:
-        return Inputs(source, parts(), hold_out(len(source), fraction, seed=config.run.seed))
-    other = dataclasses.replace(data, train_split=split, max_train_samples=-1)
-    held = open_source(other, seed=config.run.seed, token=token, latents=latents)
-    if isinstance(source, LatentRecords) or isinstance(held, LatentRecords):
-        raise ValueError(f"--eval-split {split!r}: of TFRecords only a fraction can be held out, such as 0.05.")
-    joined = Joined({data.train_split: source, split: held})
-    return Inputs(joined, parts(), np.arange(len(source), len(joined)))
+        held = hold_out(len(source), fraction, seed=config.run.seed)
+    elif split:
+        other = opened(dataclasses.replace(data, train_split=split, max_train_samples=-1))
+        if isinstance(source, LatentRecords) or isinstance(other, LatentRecords):
+            raise ValueError(f"--eval-split {split!r}: of TFRecords only a fraction can be held out, such as 0.05.")
+        held = np.arange(len(source), len(source) + len(other))
+        source = Joined({data.train_split: source, split: other})
+    if not config.dreambooth.class_data_dir:
+        return Inputs(source, parts(), held)
+    if isinstance(source, LatentRecords):
+        raise ValueError("--class-data-dir: TFRecords of latents are encoded already; leave it out.")
+    together, held, weights = beside_class(source, held, _open_class(config), config.dreambooth.prior_loss_weight)
+    return Inputs(together, parts(), held, weights)
+
+
+def _open_class(config: TrainConfig) -> ImageFolder:
+    """The pictures of a subject's class.
+
+    Raises:
+        ValueError: there are fewer than are asked for, or those of the subject are among them.
+    """
+    subject, data = config.dreambooth, config.data
+    place = subject.class_data_dir
+    if is_local(place) and is_local(data.train_data_dir) and data.train_data_dir:
+        folders = [Path(path).absolute() for path in (place, data.train_data_dir)]
+        if any(one.is_relative_to(other) for one, other in (folders, folders[::-1])):
+            raise ValueError(
+                f"--class-data-dir {place}: must lie outside --train-data-dir {data.train_data_dir}, and that outside "
+                "it: each is read with all folders in it."
+            )
+    found = ImageFolder(
+        place, image_column=data.image_column, caption_column=data.caption_column, caption=subject.class_prompt,
+        max_samples=subject.num_class_images, token=data.hf_access_token,
+    )  # fmt: skip
+    if len(found) < subject.num_class_images:
+        raise ValueError(
+            f"--class-data-dir {place}: holds {len(found)} pictures, and --num-class-images asks for "
+            f"{subject.num_class_images}; give it more, or ask for fewer."
+        )
+    return found
 
 
 def held_fraction(split: str) -> float | None:

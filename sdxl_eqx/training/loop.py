@@ -58,6 +58,8 @@ def fit(run: Run, timings: Timings | None = None) -> Outcome:
         raise RunError(str(error)) from error
     except jax.errors.JaxRuntimeError as error:
         raise explain(error, run, doing="encoding pictures") from error
+    if run.frozen.encoders is not None:
+        run.encoders = run.frozen.encoders  # without those that train: they are the state's now
     try:
         return _train(run, data, writer, timings)
     except jax.errors.JaxRuntimeError as error:
@@ -102,7 +104,7 @@ def _train(run: Run, data: Feed, writer: MetricsWriter, timings: Timings) -> Out
                 waited += batches.waited
                 shape = _pixels(batch, run)
                 with profiler.at(n) as keep:
-                    state, metrics = step_fn(shape, state, data.frozen, _to_devices(batch, run), schedule)
+                    state, metrics = step_fn(shape, state, run.frozen, _to_devices(batch, run), schedule)
                     keep(metrics)
                 # Read while the device works on this step: the loop never waits for the step it just began.
                 meter.flush()
@@ -142,7 +144,7 @@ def _train(run: Run, data: Feed, writer: MetricsWriter, timings: Timings) -> Out
 
 @contextmanager
 def _step(run: Run, data: Feed) -> Iterator[Callable[..., Any]]:
-    """The compiled step on (height and width of its pictures, state, encoders or None, batch, schedule)."""
+    """The compiled step on (height and width of its pictures, state, what is frozen, batch, schedule)."""
     jitted = run.program.jit(run.optimizer)
     if len(data.buckets.shapes) == 1:
         yield lambda shape, *args: jitted(*args)

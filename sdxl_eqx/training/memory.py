@@ -2,7 +2,8 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -10,8 +11,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array
 
-from sdxl_eqx.config import DataConfig, TrainConfig
-from sdxl_eqx.data.cache import is_text_cached
+from sdxl_eqx.config import TrainConfig
 from sdxl_eqx.data.tokenizer import LENGTH
 from sdxl_eqx.loading import ModelShapes
 from sdxl_eqx.models.sdxl import cast
@@ -20,6 +20,9 @@ from sdxl_eqx.nn.compute import Compute
 from sdxl_eqx.nn.remat import Remat
 from sdxl_eqx.parallel.specs import Layout
 from sdxl_eqx.training.flops import unet_inputs
+from sdxl_eqx.training.networks import Networks, join, new_controlnet, split, with_changes
+
+T = TypeVar("T")
 
 BY_RECOMPUTATION: tuple[Remat, ...] = ("none", "dots", "attention", "full")
 """Policies, from that which computes least again on. offload keeps as much as dots and waits for the host."""
@@ -39,9 +42,10 @@ class Encoding:
     """Bytes a picture, while it is encoded: before there is anything of the UNet."""
 
     @classmethod
-    def of(cls, shapes: ModelShapes, layout: Layout, data: DataConfig) -> "Encoding":
+    def of(cls, shapes: ModelShapes, layout: Layout, config: TrainConfig) -> "Encoding":
         """That of a model's encoders, in float32, where the step needs them."""
-        if is_text_cached(data):
+        data = config.data
+        if config.is_text_cached:
             return cls()
         weights = 4.0 * _elements(shapes.encoder_shapes(), layout)
         if data.cache_latents_text_encoder_outputs:  # text is small beside the UNet
@@ -64,20 +68,38 @@ def step_bytes(
 ) -> float:
     """Bytes that a step takes on each device, for so many samples a device and latents of `side` by `side`.
 
-    That is weights, moments and average as they are stored; weights and gradients in the dtype of the computation; and
-    what the backward pass needs of the forward pass.
+    That is what is stored of weights, moments and average; weights and gradients in the dtype of the computation; and
+    what the backward pass needs of the forward pass. Of text encoders that train, this counts the weights alone.
     """
-    shapes = eqx.filter_eval_shape(UNet, unet, key=jr.key(0))
-    parameters = _elements(shapes, layout)
-    dtype = jnp.dtype(config.model.activations_dtype)
-    stored = jnp.dtype(config.model.weights_dtype).itemsize + 2 * jnp.dtype(config.optim.moments_dtype).itemsize
-    stored += 4 if config.optim.ema_decay > 0 else 0
+    trained, frozen = split(_networks(config, unet), config)
+    dtype, optim = jnp.dtype(config.model.activations_dtype), config.optim
+    moving = 2 * jnp.dtype(optim.moments_dtype).itemsize + (4 if optim.ema_decay > 0 else 0)
+    training, resting = _elements(trained, layout), _elements(frozen, layout)
+    stored = _bytes(trained, layout) + training * moving + _bytes(frozen, layout)
     # The difference of two batches: weights that the backward pass needs are counted above.
-    tokens, cast_unet = LENGTH * config.data.caption_chunks, cast_shapes(shapes, dtype)
-    one, two = (kept_bytes(cast_unet, n * layout.size(layout.batch), side, compute, tokens) for n in (1, 2))
+    tokens, cast_parts = LENGTH * config.data.caption_chunks, cast_shapes((trained, frozen), dtype)
+    one, two = (kept_bytes(*cast_parts, n * layout.size(layout.batch), side, compute, tokens) for n in (1, 2))
     activations = (two - one) / layout.size(layout.batch)
-    computing = max(parameters * 2 * dtype.itemsize + MARGIN * activations * batch, encoders.each * batch)
-    return parameters * stored + encoders.weights + computing
+    copies = resting if jnp.dtype(config.model.weights_dtype) != dtype else 0
+    computing = (2 * training + copies) * dtype.itemsize + MARGIN * activations * batch
+    return stored + encoders.weights + max(computing, encoders.each * batch)
+
+
+def _networks(config: TrainConfig, unet: UNetConfig) -> Networks:
+    """The shapes of what denoises, as they are stored."""
+    dtype, key = jnp.dtype(config.model.weights_dtype), jr.key(0)
+
+    def make() -> Networks:
+        made = cast(UNet(unet, key=key), dtype)
+        return Networks(made, None, new_controlnet(made, key=key) if config.trains == "controlnet" else None)
+
+    return eqx.filter_eval_shape(partial(with_changes, config=config, key=key), eqx.filter_eval_shape(make))
+
+
+def _bytes(shapes: Any, layout: Layout) -> int:
+    """Bytes of arrays on each device."""
+    leaves = zip(jax.tree.leaves(shapes), jax.tree.leaves(layout.shardings(shapes)), strict=True)
+    return sum(math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, sharding in leaves)
 
 
 def _elements(shapes: Any, layout: Layout) -> int:
@@ -86,17 +108,32 @@ def _elements(shapes: Any, layout: Layout) -> int:
     return sum(math.prod(sharding.shard_shape(leaf.shape)) for leaf, sharding in leaves)
 
 
-def kept_bytes(unet: UNet, batch: int, side: int, compute: Compute, tokens: int = LENGTH) -> int:
-    """Bytes of all arrays that the backward pass of a UNet (of shapes) needs of the forward pass, on all devices."""
+def kept_bytes(
+    trained: Networks, frozen: Networks, batch: int, side: int, compute: Compute, tokens: int = LENGTH
+) -> int:
+    """Bytes of all arrays that the backward pass of what denoises needs of the forward pass, on all devices.
 
-    def pullback(unet: UNet, *inputs: Array) -> Any:
-        return jax.vjp(lambda u: jnp.sum(u(*inputs, compute=compute)), unet)[1]
+    Both are shapes in the dtype of the computation.
+    """
 
-    dtype = jax.tree.leaves(unet)[0].dtype
-    kept = jax.eval_shape(pullback, unet, *unet_inputs(unet.config, batch, side, side, dtype, tokens))
+    def pullback(trained: Networks, frozen: Networks, image: Array, *inputs: Array) -> Any:
+        def loss(trained: Networks) -> Array:
+            whole = join(trained, frozen)
+            net = whole.controlnet
+            control = None if net is None else net(*inputs, image=image, compute=compute)
+            return jnp.sum(whole.unet(*inputs, control=control, compute=compute))
+
+        return jax.vjp(loss, trained)[1]
+
+    dtype = jax.tree.leaves(trained)[0].dtype
+    net = trained.controlnet
+    downscale = 1 if net is None else net.config.downscale
+    image = jax.ShapeDtypeStruct((batch, side * downscale, side * downscale, 3), dtype)
+    inputs = unet_inputs(trained.unet.config, batch, side, side, dtype, tokens)
+    kept = jax.eval_shape(pullback, trained, frozen, image, *inputs)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
 
 
-def cast_shapes(shapes: UNet, dtype: Any) -> UNet:
-    """The shapes of a UNet cast to `dtype`."""
-    return jax.eval_shape(lambda unet: cast(unet, dtype), shapes)
+def cast_shapes(shapes: T, dtype: Any) -> T:
+    """The shapes of networks cast to `dtype`."""
+    return jax.eval_shape(lambda tree: cast(tree, dtype), shapes)

@@ -3,12 +3,14 @@
 import logging
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from sdxl_eqx.data.pictures import Size
 from sdxl_eqx.parallel import hosts
+from sdxl_eqx.parallel.topologies import CHIPS
 from sdxl_eqx.training.errors import RunError, last_good
 from sdxl_eqx.training.feed import Feed
 from sdxl_eqx.training.flops import training_flops
@@ -21,9 +23,41 @@ log = logging.getLogger("sdxl_eqx")
 DECILES = ("decile_sums", "decile_counts")
 """Losses by tenths of the timesteps, which are metrics where there are samples of them."""
 
+KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+}
+"""What JAX calls the chips whose peak is known. The H100 and H200 of other forms (PCIe, NVL) are slower than these."""
+
+MEMORY = {"bytes_in_use": "perf/memory_bytes_in_use", "peak_bytes_in_use": "perf/memory_peak_bytes"}
+"""The metrics of what a device says of its memory."""
+
+
+def peak_tflops(devices: Sequence[Any]) -> float | None:
+    """The published peak of a device's dense bfloat16 products, in TFLOP/s; None where that is not known."""
+    name = KINDS.get(devices[0].device_kind)
+    return None if name is None else CHIPS[name].tflops
+
+
+def memory_used(devices: Sequence[Any]) -> dict[str, float]:
+    """Bytes in use now, and at most since the process began, of the device that has most; nothing of CPUs."""
+    stats = [device.memory_stats() or {} for device in devices]
+    return {name: float(max(one[key] for one in stats)) for key, name in MEMORY.items() if all(key in s for s in stats)}
+
 
 class Meter:
-    """Turns the arrays of a step into a record, one step late."""
+    """Turns the arrays of a step into a record, one step late.
+
+    `perf/mfu` is the share of the peak of bfloat16 products that the model's own operations reach, whatever is computed
+    again and in whatever dtype (model FLOPs utilization: Chowdhery et al. 2022, appendix B).
+    """
 
     def __init__(self, run: Run, writer: MetricsWriter, watch: Watch, data: Feed, timings: Timings):
         self.run, self.writer, self.watch, self.bad, self.timings = run, writer, watch, data.bad, timings
@@ -34,8 +68,10 @@ class Meter:
         self.began: float | None = None
         self.first = 0
         self.waited = 0.0
+        self.devices = run.mesh.local_devices
+        self.peak = peak_tflops(self.devices)
         each = run.batch_size / run.mesh.size / 1e12
-        self.tflop = {shape: training_flops(run.parts, run.config.data, shape) * each for shape in data.buckets.shapes}
+        self.tflop = {shape: training_flops(run.parts, run.config, shape) * each for shape in data.buckets.shapes}
 
     def put(self, n: int, metrics: Any, shape: Size, waited: float) -> None:
         """Remember the metrics of step n, which may still be running, on pictures of a shape that it waited for."""
@@ -81,6 +117,8 @@ class Meter:
                 "perf/data_wait_seconds": waited,
                 "perf/per_device_tflops": self.tflop[shape],
                 "perf/per_device_tflops_per_sec": self.tflop[shape] / seconds,
+                **({} if self.peak is None else {"perf/mfu": self.tflop[shape] / seconds / self.peak}),
+                **memory_used(self.devices),
                 "data/bad_samples": self.bad.count,
             },
         )

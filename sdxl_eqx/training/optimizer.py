@@ -1,6 +1,8 @@
 """The optimizers, each with its learning rate over time."""
 
+import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,8 +10,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from sdxl_eqx.config import OptimConfig, step_rules
+from sdxl_eqx.config import OptimConfig, TrainConfig, step_rules
 from sdxl_eqx.training.eightbit import scale_by_adam_8bit
+from sdxl_eqx.training.networks import TEXT, path_of
 from sdxl_eqx.training.rounding import rounded
 from sdxl_eqx.weights.names import is_stacked
 
@@ -46,6 +49,13 @@ def learning_rate(config: OptimConfig, *, total_steps: int, batch_size: int) -> 
     return optax.join_schedules([optax.linear_schedule(0.0, first, warmup), after], [warmup])
 
 
+def rates(config: TrainConfig, *, total_steps: int, batch_size: int) -> tuple[optax.Schedule, optax.Schedule | None]:
+    """(the learning rate, that of the text encoders if they train), each at its update."""
+    text = dataclasses.replace(config.optim, learning_rate=config.text.text_encoder_learning_rate)
+    of = partial(learning_rate, total_steps=total_steps, batch_size=batch_size)
+    return of(config.optim), of(text) if config.text.train_text_encoder else None
+
+
 def _restarts(peak: float, rest: int, cycles: int) -> optax.Schedule:
     def rate(n: Any) -> Array:
         n = jnp.asarray(n)
@@ -80,8 +90,10 @@ def _piecewise(peak: float, text: str, warmup: int) -> tuple[float, optax.Schedu
     return first, rate
 
 
-def make_optimizer(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Clip by value, clip by global norm, then the optimizer, in that order.
+def make_optimizer(
+    config: OptimConfig, schedule: optax.Schedule, text_schedule: optax.Schedule | None = None
+) -> optax.GradientTransformation:
+    """Clip by value, clip by global norm, then the optimizer, in that order; text encoders have their own rate.
 
     AdamW is Loshchilov and Hutter 2019, Lion Chen et al. 2023, Adafactor Shazeer and Stern 2018, Prodigy Mishchenko
     and Defazio 2023. Weight decay is decoupled: of each update it takes the learning rate times itself.
@@ -94,7 +106,7 @@ def make_optimizer(config: OptimConfig, schedule: optax.Schedule) -> optax.Gradi
     optimizer = optax.chain(
         optax.clip(config.max_grad_value) if by_value else optax.identity(),
         optax.clip_by_global_norm(config.max_grad_norm) if by_norm else optax.identity(),
-        _inner(config, schedule),
+        _inner(config, schedule) if text_schedule is None else _two_rates(config, schedule, text_schedule),
     )
     if config.moments_dtype == "float32":
         return optimizer
@@ -104,6 +116,15 @@ def make_optimizer(config: OptimConfig, schedule: optax.Schedule) -> optax.Gradi
             "bits; leave it out, or take --optimizer adamw."
         )
     return rounded(optimizer)
+
+
+def _two_rates(
+    config: OptimConfig, schedule: optax.Schedule, text_schedule: optax.Schedule
+) -> optax.GradientTransformation:
+    def labels(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, _: str(path_of(path).startswith(TEXT)), params)
+
+    return optax.partition({"False": _inner(config, schedule), "True": _inner(config, text_schedule)}, labels)
 
 
 def _inner(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:

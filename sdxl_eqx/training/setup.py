@@ -17,15 +17,18 @@ from sdxl_eqx.config import ParallelConfig, TrainConfig, flat, to_yaml
 from sdxl_eqx.data.sources import Source
 from sdxl_eqx.data.sources.latents import LatentRecords
 from sdxl_eqx.loading import ModelParts
-from sdxl_eqx.models.sdxl import Encoders
+from sdxl_eqx.models.sdxl import SDXL, Encoders
 from sdxl_eqx.parallel import hosts
 from sdxl_eqx.parallel.begin import configure_jax
 from sdxl_eqx.parallel.devices import choose_hardware, memory
 from sdxl_eqx.parallel.mesh import describe
 from sdxl_eqx.parallel.specs import ACTIVATIONS, WEIGHTS, Layout
+from sdxl_eqx.training.beginning import Beginning
 from sdxl_eqx.training.checkpoint import Checkpoints, Saved
+from sdxl_eqx.training.class_pictures import draw_class_pictures
 from sdxl_eqx.training.inputs import Inputs, cut_captions, read_data_and_model
-from sdxl_eqx.training.optimizer import learning_rate, make_optimizer
+from sdxl_eqx.training.networks import Networks, join
+from sdxl_eqx.training.optimizer import make_optimizer, rates
 from sdxl_eqx.training.program import Program
 from sdxl_eqx.training.run_folder import RunFolder, new_name
 from sdxl_eqx.training.state import TrainState, new_state
@@ -47,6 +50,9 @@ class Run:
     total_steps: int
     inputs: Inputs
     encoders: Encoders
+    """VAE and text encoders as the run began with them."""
+    frozen: Networks
+    """What the step computes with and does not train."""
     state: TrainState
     optimizer: optax.GradientTransformation
     rate: optax.Schedule
@@ -78,11 +84,16 @@ class Run:
         """Samples of one step on all devices."""
         return self.program.batch_size
 
+    def model(self, trained: Networks) -> SDXL:
+        """The model that draws, with what trains in some state."""
+        networks = join(trained, self.frozen)
+        return SDXL(networks.unet, self.encoders if networks.encoders is None else networks.encoders)
+
     def saved(self, next_batch: int) -> Saved:
         """What stands beside the arrays of a checkpoint."""
         ema = self.config.optim.ema_decay > 0
         position = {"next_batch": next_batch, "batch_size": self.batch_size}
-        return Saved(self.parts.unet.to_json(), ema, flat(self.config), position)
+        return Saved(self.parts.unet.to_json(), ema, flat(self.config), position, self.config.trains)
 
 
 @dataclass(frozen=True)
@@ -106,6 +117,7 @@ def prepare(config: TrainConfig, timings: Timings | None = None) -> Run | Finish
     configure_jax(config.run, config.model.precision)
     timings = timings or Timings()
     hosts.together(partial(check_tracker, config.metrics))
+    draw_class_pictures(config)
     with timings.of("read_inputs"):
         plan = hosts.together(partial(_Plan.make, config))
     _check_same_everywhere(plan)
@@ -175,22 +187,28 @@ def _open(config: TrainConfig, plan: _Plan, folder: RunFolder) -> Run | Finished
     )  # fmt: skip
     unet_key, encoders_key, state_key = jr.split(jr.key(config.run.seed), 3)
     encoders = hosts.together(partial(parts.encoders, config.model, layout, key=encoders_key))
-    rate = learning_rate(config.optim, total_steps=plan.total_steps, batch_size=program.batch_size)
-    optimizer = make_optimizer(config.optim, rate)
-    begin = partial(new_state, optimizer=optimizer, ema=config.optim.ema_decay > 0, key=state_key)
-    if step is None:
+    rate, text_rate = rates(config, total_steps=plan.total_steps, batch_size=program.batch_size)
+    optimizer = make_optimizer(config.optim, rate, text_rate)
+    unet = None
+    if step is None or config.trains != "unet":  # else the checkpoint has it
         unet = hosts.together(partial(parts.new_unet, config.model, layout, key=unet_key))
-        where = layout.shardings(jax.eval_shape(begin, unet))
-        state = jax.jit(begin, out_shardings=where, donate_argnums=0)(unet)
-        _warn_if_frozen(state.unet, config)
+    begun = Beginning(config, program, unet, None if program.is_encoded else encoders)
+    if step is None:
+        trained = hosts.together(partial(begun.trained, parts.model, key=jr.fold_in(unet_key, 1)))
+        begin = partial(new_state, optimizer=optimizer, ema=config.optim.ema_decay > 0, key=state_key)
+        where = layout.shardings(jax.eval_shape(begin, trained))
+        state = jax.jit(begin, out_shardings=where, donate_argnums=0)(trained)
+        if config.trains == "unet":
+            _warn_if_frozen(state.trained, config)
     else:
         state = hosts.together(partial(checkpoints.restore, step, program.state(optimizer)))
         log.info("resuming %s at step %d of %d", folder.place, step, plan.total_steps)
+    frozen = begun.frozen()
     hosts.together(partial(folder.write_config, to_yaml(config)))
     # Memory differs by a few bytes from host to host, the program may not.
     program = program.with_remat(hosts.agree(program.compute.remat))
     return Run(
-        config, folder, checkpoints, program, plan.total_steps, inputs, encoders, state, optimizer, rate,
+        config, folder, checkpoints, program, plan.total_steps, inputs, encoders, frozen, state, optimizer, rate,
         {} if saved is None else saved.data,
     )  # fmt: skip
 
@@ -246,6 +264,16 @@ BEGUN_WITH = (
     "weights_dtype",
     "moments_dtype",
     "new_text_encoders",
+    "lora_rank",
+    "lora_alpha",
+    "lora_targets",
+    "use_rslora",
+    "use_dora",
+    "train_text_encoder",
+    "train_controlnet",
+    "instance_prompt",
+    "class_prompt",
+    "num_class_images",
     "diffusion_scheduler_config.prediction_type",
     "diffusion_scheduler_config.rescale_zero_terminal_snr",
 )

@@ -16,18 +16,18 @@ from sdxl_eqx.data.pictures import read_picture
 from sdxl_eqx.data.sources import Source
 from sdxl_eqx.data.sources.latents import LatentRecords
 from sdxl_eqx.data.transforms import draw_crop, resize_and_crop
-from sdxl_eqx.models.unet import UNet
 from sdxl_eqx.parallel.specs import put
 from sdxl_eqx.sampling.conditioning import Prompt
 from sdxl_eqx.sampling.drawing import Drawing
 from sdxl_eqx.sampling.pipeline import Manner, Models, generate
 from sdxl_eqx.sampling.schedulers.scheduler import Scheduler
+from sdxl_eqx.training.networks import Networks
 from sdxl_eqx.training.setup import Run
 
 log = logging.getLogger("sdxl_eqx")
 
 
-def draw_captions(run: Run, unet: UNet, captions: Sequence[str]) -> np.ndarray:
+def draw_captions(run: Run, trained: Networks, captions: Sequence[str]) -> np.ndarray:
     """Pictures `[n, H, W, 3]` of captions, with seeds 0, 1, 2 and on, at most a training batch at a time."""
     sample = run.config.sample
     resolution = run.config.data.resolution
@@ -39,11 +39,12 @@ def draw_captions(run: Run, unet: UNet, captions: Sequence[str]) -> np.ndarray:
     drawing = Drawing(
         run.program.dtype, run.program.compute, run.program.encoding, run.layout if run.mesh.size > 1 else None
     )
-    encoders = jax.tree.map(put, run.encoders, run.layout.shardings(run.encoders))
+    model = run.model(trained)
+    encoders = jax.tree.map(put, model.encoders, run.layout.shardings(model.encoders))
     tokenize = partial(run.parts.tokenize, chunks=run.config.data.caption_chunks)
     # As the export says it: with dropout the model has learned the encoded empty prompt.
     zeros = run.config.data.caption_dropout == 0
-    models = Models(unet, encoders, tokenize, Scheduler.from_json(run.parts.scheduler), zeros_for_absent=zeros)
+    models = Models(model.unet, encoders, tokenize, Scheduler.from_json(run.parts.scheduler), zeros_for_absent=zeros)
     size = min(-(-len(captions) // drawing.shares) * drawing.shares, run.batch_size)
     batches = []
     for at in range(0, len(captions), size):

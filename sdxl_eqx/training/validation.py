@@ -16,14 +16,13 @@ from sdxl_eqx.data.bad import BadSample
 from sdxl_eqx.data.batch import AnyBatch, to_batch
 from sdxl_eqx.diffusion.loss import Draws, training_loss
 from sdxl_eqx.diffusion.schedule import Schedule
-from sdxl_eqx.models.sdxl import Encoders, cast
-from sdxl_eqx.models.unet import UNet
 from sdxl_eqx.parallel import hosts
 from sdxl_eqx.parallel.mesh import batch_sharding, own_rows
 from sdxl_eqx.training.feed import Feed
+from sdxl_eqx.training.networks import Networks, join
 from sdxl_eqx.training.setup import Run
 from sdxl_eqx.training.state import TrainState
-from sdxl_eqx.training.step import StepConfig, encode, latent_shape, placed
+from sdxl_eqx.training.step import StepConfig, encode, latent_shape, placed, predictor
 
 log = logging.getLogger("sdxl_eqx")
 
@@ -63,15 +62,15 @@ class Validation:
         Raises:
             ValueError: where none of the samples can be used.
         """
-        models = {"loss": state.unet} | ({} if state.ema is None else {"loss_ema": state.ema})
+        models = {"loss": state.trained} | ({} if state.ema is None else {"loss_ema": state.ema})
         totals = {name: np.zeros(len(LEVELS)) for name in models}
         count = 0
         for chunk in self._chunks:
             batch, is_read = self._read(chunk)
             real = chunk.is_real & is_read
             ids = jax.make_array_from_process_local_data(self._sharding, chunk.samples[self._rows].astype(np.int32))
-            for name, unet in models.items():
-                losses = self._losses(unet, self._data.frozen, batch, self._schedule, ids)
+            for name, trained in models.items():
+                losses = self._losses(trained, self._run.frozen, batch, self._schedule, ids)
                 totals[name] += np.asarray(losses)[:, real].sum(axis=1)
             count += int(real.sum())
         if count == 0:
@@ -133,8 +132,8 @@ def _chunks(held: Int[np.ndarray, " n"], size: int) -> Sequence[_Chunk]:
 
 
 def held_out_losses(
-    unet: UNet,
-    frozen: Encoders | None,
+    trained: Networks,
+    frozen: Networks,
     batch: AnyBatch,
     schedule: Schedule,
     ids: Int[Array, " b"],
@@ -143,10 +142,11 @@ def held_out_losses(
 ) -> Float[Array, "levels b"]:
     """The loss of each sample at each of LEVELS, without weights of timesteps; noise follows from `ids` alone."""
     ids = placed(ids, config)
-    shape = latent_shape(batch, frozen)
+    networks = join(trained, frozen)
+    shape = latent_shape(batch, networks.encoders)
     # The posterior's middle: nothing is left to chance.
-    x0, cond = encode(frozen, batch, jnp.zeros(shape, jnp.float32), config=config)
-    unet = cast(unet, config.dtype)
+    x0, cond = encode(networks.encoders, batch, jnp.zeros(shape, jnp.float32), config=config)
+    predict = predictor(networks, batch, config)
     total = schedule.config.num_train_timesteps
 
     def at(t: Array) -> Array:
@@ -155,8 +155,7 @@ def held_out_losses(
 
         eps = jax.vmap(noise)(ids)
         draws = Draws(eps, eps, jnp.full(ids.shape, t))
-        return training_loss(unet, schedule, config.loss, x0, draws, cond, dtype=config.dtype, compute=config.compute)[
-            1
-        ]
+        how = {"dtype": config.dtype, "compute": config.compute}
+        return training_loss(predict, schedule, config.loss, x0, draws, cond, **how)[1]
 
     return jax.lax.map(at, jnp.asarray([level * total // 1000 for level in LEVELS], jnp.int32))

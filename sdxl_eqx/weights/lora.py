@@ -46,6 +46,11 @@ class Layer:
     magnitude: Tensor | None = None
     """(out,), DoRA's norm of the sum for each output."""
 
+    def cast(self, dtype: Any) -> "Layer":
+        """The layer with its tensors in a dtype."""
+        magnitude = None if self.magnitude is None else self.magnitude.cast(dtype)
+        return replace(self, down=self.down.cast(dtype), up=self.up.cast(dtype), magnitude=magnitude)
+
     @property
     def rank(self) -> int:
         """r."""

@@ -6,13 +6,28 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-from sdxl_eqx.weights.native import FORMAT
+FORMAT = 2
+"""Version of the layout of checkpoints."""
 
 CHECKPOINTS = "checkpoints"
 """The folder of a run that holds them, one folder a step."""
 
-ITEMS = ("loop", "unet", "optimizer", "ema")
-"""The parts of a state as a checkpoint has them."""
+PARTS = (
+    "unet",
+    "text_encoder",
+    "text_encoder_2",
+    "controlnet",
+    "unet_lora",
+    "text_encoder_lora",
+    "text_encoder_2_lora",
+)
+"""What may train, as a checkpoint has it: a part of the model, or a LoRA of one."""
+
+ITEMS = ("loop", "optimizer", *PARTS, "ema", *(f"ema_{part}" for part in PARTS[1:]))
+"""The parts of a state as a checkpoint has them; ema is the UNet's average."""
+
+READ = (1, FORMAT)
+"""The versions of checkpoints whose weights are read. With 2, the optimizer's arrays have other names."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +41,10 @@ class Saved:
     """The run's config, flat."""
     data: dict[str, int]
     """Position in the data: next_batch and batch_size."""
+    trains: str = "unet"
+    """unet, lora or controlnet."""
+    format: int = FORMAT
+    """Version of the layout."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +56,16 @@ class Found:
     saved: Saved
 
     def item(self, *, ema: bool) -> Path:
-        """The folder of the UNet's arrays: the average's if it has one and `ema`, else the weights'."""
+        """The folder of the UNet's arrays: the average's if it has one and `ema`, else the weights'.
+
+        Raises:
+            ValueError: where something else trained.
+        """
+        if self.saved.trains != "unet":
+            raise ValueError(
+                f"{self.folder}: is of a run that trained a {'LoRA' if self.saved.trains == 'lora' else 'ControlNet'}, "
+                "and has no UNet of its own; use what lies in the run's export/."
+            )
         return self.folder / ("ema" if ema and self.saved.ema else "unet")
 
 
@@ -72,7 +100,7 @@ def read_meta(manager: ocp.CheckpointManager, step: int, folder: Path) -> Saved:
         raise ValueError(f"{folder / str(step)}: is no checkpoint of this project ({str(error)[:200]}).") from error
     if not isinstance(meta, dict):
         raise ValueError(f"{folder / str(step)}: is no checkpoint of this project (its meta is no JSON object).")
-    if meta.get("format") != FORMAT:
+    if meta.get("format") not in READ:
         raise ValueError(
             f"{folder / str(step)}: has checkpoint format {meta.get('format')}, this version reads {FORMAT}; "
             "use the version that wrote it, or start another --run-name."
@@ -82,4 +110,4 @@ def read_meta(manager: ocp.CheckpointManager, step: int, folder: Path) -> Saved:
         raise ValueError(f"{folder / str(step)}: its meta is damaged; take the checkpoint before it.")
     # Until buckets came, there was a position for each process; a batch a step was read then too.
     data = meta["data"] if isinstance(meta["data"], dict) else {}
-    return Saved(meta["unet"], meta["ema"], meta["config"], data)
+    return Saved(meta["unet"], meta["ema"], meta["config"], data, meta.get("trains", "unet"), meta["format"])

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdxl_eqx.config import DataConfig
+from sdxl_eqx.config import DataConfig, TrainConfig
 from sdxl_eqx.data.assets import resolve
 from sdxl_eqx.data.bad import BadSample
-from sdxl_eqx.data.cache import PICTURES, TEXT, Cached, Contents, is_text_cached, open_stores
+from sdxl_eqx.data.cache import PICTURES, TEXT, Cached, Contents, open_stores
 from sdxl_eqx.data.captions import Visit
 from sdxl_eqx.data.loader import picture_reader
 from sdxl_eqx.data.sources.folder import ImageFolder
@@ -143,7 +143,7 @@ def test_a_cached_visit_reads_what_an_uncached_one_of_the_same_crop_does(folder,
 
 def test_where_captions_change_text_is_read_anew_and_only_latents_are_kept(folder, tmp_path, tokenizers):
     config = dataclasses.replace(CONFIG, caption_shuffle=True, random_flip=False)
-    assert is_text_cached(CONFIG) and not is_text_cached(config)
+    assert TrainConfig(data=CONFIG).is_text_cached and not TrainConfig(data=config).is_text_cached
     one = contents(folder, config, text=None)
     assert encode(folder, one, tmp_path / "cache") == (N, 0)
     cached = Cached(tmp_path / "cache", one)

@@ -13,9 +13,10 @@ import pytest
 from tiny_folder import OWN, write_lora
 
 from sdxl_eqx.config import GenerateConfig
-from sdxl_eqx.flags import merge
+from sdxl_eqx.flags import merge, parse_generate
 from sdxl_eqx.generation import Pipeline
 from sdxl_eqx.generation import pipeline as module
+from sdxl_eqx.generation.memory import OutOfMemory
 from sdxl_eqx.sampling.conditioning import Prompt
 
 PROMPTS = ["a red fox", "a castle", "a fish"]
@@ -122,6 +123,95 @@ def test_a_broken_vae_is_an_error_too(pipeline: Pipeline):
     models = dataclasses.replace(pipeline.models, encoders=encoders)
     with pytest.raises(ValueError, match="VAE gave pixels that are not finite in float32"):
         dataclasses.replace(pipeline, models=models)("a red fox", seeds=0)
+
+
+def test_weights_that_overflow_in_float16_are_an_error_that_names_the_step_and_the_remedy(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+):
+    attend = jax.nn.dot_product_attention
+
+    def in_float32(*qkv: jax.Array, **options: Any) -> jax.Array:  # the CPU has no float16 products of it
+        return attend(*(x.astype(jnp.float32) for x in qkv), **options).astype(qkv[0].dtype)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", in_float32)
+    unet = pipeline.models.unet
+    unet = eqx.tree_at(lambda unet: unet.conv_in.weight, unet, unet.conv_in.weight * 1e5)
+    models = dataclasses.replace(pipeline.models, unet=unet)
+    wide = dataclasses.replace(pipeline, models=models)
+    half = dataclasses.replace(wide, drawing=dataclasses.replace(pipeline.drawing, dtype=jnp.dtype("float16")))
+    assert wide("a red fox", seeds=0).std() > 1
+    with pytest.raises(ValueError, match=r"not finite at step 1 \(timestep \d+\).*float16 overflowed: use bfloat16"):
+        half("a red fox", seeds=0)
+    assert dataclasses.replace(half, models=pipeline.models)("a red fox", seeds=0).std() > 1
+
+
+def test_float16_is_refused_on_cpu_before_the_model_is_read(folder: Path):
+    with pytest.raises(ValueError, match=r"--activations-dtype float16: .* on CPU; use float32 or bfloat16"):
+        Pipeline.load(str(folder / "nowhere"), activations_dtype="float16")
+
+
+@pytest.mark.parametrize(
+    ("key", "word"), [("vae_dtype", "float16"), ("activations_dtype", "float64"), ("precision", "high")]
+)
+def test_a_word_that_a_flag_does_not_take_is_refused_with_those_that_it_takes(folder: Path, key: str, word: str):
+    name = key.replace("_", "-")
+    with pytest.raises(ValueError, match=rf"^--{name} '{word}': must be one of '\w+'"):
+        Pipeline.load(str(folder), **{key: word})
+    with pytest.raises(SystemExit):
+        parse_generate([f"--{name}", word])
+
+
+def test_fresh_noise_of_a_model_whose_own_sampler_has_none_is_refused(pipeline: Pipeline, drawn: np.ndarray):
+    with pytest.raises(ValueError, match=r"--eta 0\.5: .* EulerDiscreteScheduler.*_class-name DDIM"):
+        pipeline("a red fox", seeds=0, eta=0.5)
+    # Of one that was named, the command line has said it.
+    named = merge(pipeline.config, {"diffusion_scheduler_config._class_name": "Euler"})
+    assert dataclasses.replace(pipeline, config=named).manner(merge(named, {"eta": 0.5})).eta == 0.5
+    scheduler = dataclasses.replace(pipeline.models.scheduler, name="DDIMScheduler")
+    ddim = dataclasses.replace(pipeline, models=dataclasses.replace(pipeline.models, scheduler=scheduler))
+    assert ddim.manner(merge(pipeline.config, {"eta": 0.5})).eta == 0.5
+
+
+# Memory
+
+TOO_MUCH = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.\nmore")
+
+
+@pytest.mark.parametrize("error", [TOO_MUCH, MemoryError()])
+def test_pictures_that_do_not_fit_are_an_error_that_says_what_would(
+    error: Exception, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+):
+    def full(*args: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(module, "generate", full)
+    with pytest.raises(OutOfMemory) as said:
+        pipeline([*PROMPTS] * 3, seeds=list(range(9)), width=32)
+    parts = ["16 pictures at once of 32x16 does not fit", "a smaller --batch-size", "--width and --height",
+             "--vae-tile 512", "--activations-dtype bfloat16", "--ici-fsdp-parallelism"]  # fmt: skip
+    assert all(part in str(said.value) for part in parts), str(said.value)
+    assert "\n" not in str(said.value)
+    with pytest.raises(OutOfMemory) as said:
+        pipeline("a fox", seeds=0, width=2056, height=2048)
+    assert "--batch-size" not in str(said.value) and "a smaller --vae-tile" in str(said.value)
+
+
+def test_a_model_that_does_not_fit_is_one_too_and_another_error_stays_what_it_is(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+):
+    errors: list[Exception] = [TOO_MUCH, TOO_MUCH, jax.errors.JaxRuntimeError("INTERNAL: something else")]
+
+    def full(*args: Any, **options: Any) -> None:
+        raise errors.pop(0)
+
+    monkeypatch.setattr(module, "lay_out", full)
+    config = merge(pipeline.config, {"activations_dtype": "bfloat16"})
+    with pytest.raises(OutOfMemory, match=r"the model does not fit; use more devices with --ici-fsdp-parallelism \("):
+        Pipeline.of(config)
+    with pytest.raises(OutOfMemory, match="--activations-dtype bfloat16"):
+        pipeline.with_loras({})
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        Pipeline.of(config)
 
 
 @pytest.mark.parametrize(

@@ -190,6 +190,11 @@ def test_a_few_step_file_is_taken_for_what_is_in_it(folder: Path, tmp_path: Path
     assert few is not None and few.steps == 4
     assert parts.scheduler["_class_name"] == "EulerDiscreteScheduler"
     assert parts.scheduler["timestep_spacing"] == "trailing"
+    other = {"_class_name": "DDIM", "timestep_spacing": "leading"}
+    asked = read_parts(config_of(folder, **flags, **{f"diffusion_scheduler_config.{k}": v for k, v in other.items()}))[
+        0
+    ]
+    assert [asked.scheduler[key] for key in other] == ["DDIMScheduler", "leading"]
     key = f"{TO_Q}.weight"
     np.testing.assert_array_equal(parts.model.parts["unet"][key].read(), 1 + base[key])
     parts, few = read_parts(config_of(folder, **{**flags, "lightning_ckpt": lora.name}))

@@ -293,3 +293,14 @@ def test_a_refiner_draws_the_last_steps(
     wanted = draw_theirs(other, PROMPT, SEED, **without(asked, "height", "width"), **begun)
     pipeline = load_ours(folder, refiner_model_name_or_path=str(at), refiner_fraction=1 - until)
     assert_twins(draw_ours(pipeline, PROMPT, SEED, **asked), wanted)
+
+
+def test_a_refiner_draws_the_last_steps_over_a_picture_too(refiner: tuple[Any, Path], folder: Path, pipe: Any):
+    other, at = refiner
+    asked = {**COMMON, "num_inference_steps": 6, "strength": 0.7, "image": small.picture(SIZE)}
+    base = their_kind(pipe, "StableDiffusionXLImg2ImgPipeline", scheduler=their_scheduler(pipe, EULER))
+    first = draw_theirs(base, PROMPT, SEED, **without(asked, "height", "width"), denoising_end=0.7)
+    begun = {"image": theirs.to_torch(first.latents), "denoising_start": 0.7}
+    wanted = draw_theirs(other, PROMPT, SEED, **without(asked, "height", "width", "image", "strength"), **begun)
+    pipeline = load_ours(folder, refiner_model_name_or_path=str(at), refiner_fraction=0.3)
+    assert_twins(draw_ours(pipeline, PROMPT, SEED, **asked), wanted)

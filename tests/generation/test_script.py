@@ -18,7 +18,8 @@ from sdxl_eqx.config import GenerateConfig
 from sdxl_eqx.flags import merge, parse_generate
 from sdxl_eqx.generation import Pipeline, script
 from sdxl_eqx.generation.script import batches_of, draw_pictures, jobs_of, lines_of, parameters_of, settings_of
-from sdxl_eqx.sampling.png import PARAMETERS, SETTINGS, Parameters, parse_parameters
+from sdxl_eqx.sampling.parameters import Parameters, parse_parameters
+from sdxl_eqx.sampling.png import PARAMETERS, SETTINGS
 
 TOKEN = "hf_topsecret"
 

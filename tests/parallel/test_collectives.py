@@ -23,6 +23,7 @@ from sdxl_eqx.models.unet import UNet, UNetConfig
 from sdxl_eqx.parallel.mesh import batch_sharding, make_mesh
 from sdxl_eqx.parallel.specs import SMALL, Layout
 from sdxl_eqx.training.computing import unet_compute
+from sdxl_eqx.training.networks import Networks, split
 from sdxl_eqx.training.optimizer import learning_rate, make_optimizer
 from sdxl_eqx.training.state import new_state
 from sdxl_eqx.training.step import StepConfig, train_step
@@ -107,7 +108,9 @@ def found(layout: Layout) -> list[Operand]:
     compute = unet_compute(config, NARROW, layout, BATCH, side=SIDE)
     optimizer = make_optimizer(optim, learning_rate(optim, total_steps=10, batch_size=BATCH))
     step = StepConfig(0.13, jnp.dtype(jnp.bfloat16), compute, compute, optim.ema_decay, 1, layout)
-    state = eqx.filter_eval_shape(lambda: new_state(UNet(NARROW, key=jr.key(0)), optimizer, ema=True, key=jr.key(0)))
+    unet = eqx.filter_eval_shape(lambda: UNet(NARROW, key=jr.key(0)))
+    trained, frozen = split(Networks(unet, None), config)
+    state = eqx.filter_eval_shape(lambda: new_state(trained, optimizer, ema=True, key=jr.key(0)))
     where = layout.shardings(state)
 
     def array(*shape: int) -> Any:
@@ -119,9 +122,9 @@ def found(layout: Layout) -> list[Operand]:
     compiled = compile_for(
         "tpu",
         partial(train_step, config=step, optimizer=optimizer),
-        (state, None, batch, jax.eval_shape(lambda: Schedule(ScheduleConfig()))),
+        (state, frozen, batch, jax.eval_shape(lambda: Schedule(ScheduleConfig()))),
         options={"exec_time_optimization_effort": -1.0},
-        in_shardings=(where, None, batch_sharding(layout.mesh, layout.mesh.axis_names, BATCH), layout.whole),
+        in_shardings=(where, layout.whole, batch_sharding(layout.mesh, layout.mesh.axis_names, BATCH), layout.whole),
         out_shardings=(where, layout.whole),
         donate_argnums=0,
     )

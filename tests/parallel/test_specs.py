@@ -24,6 +24,7 @@ from sdxl_eqx.nn.linear import Linear
 from sdxl_eqx.parallel import specs
 from sdxl_eqx.parallel.mesh import make_mesh
 from sdxl_eqx.parallel.specs import SMALL, Layout
+from sdxl_eqx.training.networks import Networks
 from sdxl_eqx.training.optimizer import make_optimizer
 from sdxl_eqx.training.state import new_state
 from sdxl_eqx.weights.names import is_stacked
@@ -184,10 +185,10 @@ def test_moments_and_average_lie_as_their_parameter(sizes, dtype):
     optimizer = make_optimizer(OptimConfig(moments_dtype=dtype), lambda _: 1e-3)
 
     def make():
-        return new_state(UNet(UNetConfig.tiny(), key=jr.key(0)), optimizer, ema=True, key=jr.key(1))
+        return new_state(Networks(UNet(UNetConfig.tiny(), key=jr.key(0)), None), optimizer, ema=True, key=jr.key(1))
 
     where = layout(**sizes).shardings(jax.eval_shape(make))
-    parameters = [s.spec for s in jax.tree.leaves(where.unet)]
+    parameters = [s.spec for s in jax.tree.leaves(where.trained)]
     assert any(s != P() for s in parameters) == (sizes != {})
     assert [s.spec for s in jax.tree.leaves(where.ema)] == parameters
     (adam,) = [s for s in jax.tree.leaves(where.opt_state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(s, "mu")]

@@ -31,6 +31,7 @@ from sdxl_eqx.models.controlnet import ControlNet, ControlNetConfig
 from sdxl_eqx.parallel.mesh import make_mesh
 from sdxl_eqx.parallel.specs import Layout
 from sdxl_eqx.training.checkpoint import Checkpoints, Saved
+from sdxl_eqx.training.networks import Networks
 from sdxl_eqx.training.optimizer import make_optimizer
 from sdxl_eqx.training.state import TrainState, new_state
 from sdxl_eqx.weights import ldm
@@ -557,12 +558,12 @@ def run(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tr
     shapes = eqx.filter_eval_shape(lambda: whole_unet(0.0))
     unet = jax.tree.map(lambda x: jnp.asarray(np.random.default_rng(1).standard_normal(x.shape), x.dtype), shapes)
     optimizer = make_optimizer(config.optim, lambda _: 1e-4)
-    state = new_state(unet, optimizer=optimizer, ema=True, key=jr.key(0))
+    state = new_state(Networks(unet, None), optimizer=optimizer, ema=True, key=jr.key(0))
     folder = tmp_path_factory.mktemp("runs") / "run"
     checkpoints = Checkpoints(folder / "checkpoints", keep=2)
     saved = Saved(UNET.to_json(), True, flat(config), {})
     checkpoints.save(1, state, saved)
-    state = eqx.tree_at(lambda s: s.ema, state, jax.tree.map(lambda x: x * 2, unet))
+    state = eqx.tree_at(lambda s: s.ema, state, jax.tree.map(lambda x: x * 2, state.trained))
     checkpoints.save(2, state, saved)
     checkpoints.close()
     return folder, state
@@ -585,12 +586,12 @@ def test_a_run_gives_its_average_or_its_weights_with_the_parts_it_began_from(
     folder, state = run
     rest = {key: value for key, value in sums(opened(model)).items() if not key.startswith("unet.")}
     out = converted(folder, tmp_path / "out")
-    assert sums(opened(out)) == {**rest, **unet_sums(state.ema)}
+    assert sums(opened(out)) == {**rest, **unet_sums(state.best.unet)}
     assert opened(out).configs["scheduler"]["prediction_type"] == "v_prediction"
     assert json.loads((out / "model_index.json").read_text())["force_zeros_for_empty_prompt"] is False
     one = converted(folder, tmp_path / "raw.safetensors", to="single-file", ema=False)
-    assert sums(opened(one)) == {**rest, **unet_sums(state.unet)}
-    assert sums(opened(folder, step=1)) == {**rest, **unet_sums(state.unet)}
+    assert sums(opened(one)) == {**rest, **unet_sums(state.trained.unet)}
+    assert sums(opened(folder, step=1)) == {**rest, **unet_sums(state.trained.unet)}
     with pytest.raises(ValueError, match=r"no checkpoint of step 7; it has \[1, 2\]"):
         opened(folder, step=7)
     assert leaves(parts_unet(model, folder)) == leaves(state.ema)
@@ -618,7 +619,7 @@ def test_a_run_whose_model_has_no_encoders_takes_them_from_its_export(
     finally:
         hidden.rename(model)
     assert "are those of" in caplog.text
-    assert sums(found) == {**sums(opened(model)), **unet_sums(run[1].ema)}
+    assert sums(found) == {**sums(opened(model)), **unet_sums(run[1].best.unet)}
 
 
 def test_a_damaged_checkpoint_is_named(run: tuple[Path, TrainState], tmp_path: Path):

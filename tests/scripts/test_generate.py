@@ -1,19 +1,26 @@
 """Whole runs of scripts/generate.py, each in its own process: pictures that say how they were made, or one error."""
 
+import importlib.util
 import json
+import logging
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 from tiny_run import ROOT
 
-from sdxl_eqx.sampling.png import PARAMETERS, SETTINGS, parse_parameters
+from sdxl_eqx.generation import pipeline
+from sdxl_eqx.parallel import begin
+from sdxl_eqx.sampling.parameters import parse_parameters
+from sdxl_eqx.sampling.png import PARAMETERS, SETTINGS
 
 TOKEN = "hf_topsecret"
 
@@ -117,7 +124,7 @@ def test_the_sheet_holds_all_pictures(drawn: Drawn):
 def test_the_run_says_each_file_and_no_token(drawn: Drawn):
     for file in drawn.pictures:
         assert str(file) in drawn.output
-    assert drawn.output.splitlines()[-1] == f"5 pictures in {drawn.folder}"
+    assert drawn.output.splitlines()[-1] == f"5 files in {drawn.folder}"
     assert "Traceback" not in drawn.output
     assert TOKEN not in drawn.output
     assert not [file for file in drawn.folder.iterdir() if TOKEN.encode() in file.read_bytes()]
@@ -168,3 +175,22 @@ def test_wrong_input_is_one_line_and_leaves_nothing(
     folder = tmp_path / "out"
     assert_refused(draw(*draw.flags(model, folder), *words), parts)
     assert not folder.exists()
+
+
+def test_what_does_not_fit_is_one_line_with_what_would(monkeypatch: pytest.MonkeyPatch, caplog: Any):
+    def full(config: Any) -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.")
+
+    spec = importlib.util.spec_from_file_location("generate_script", ROOT / "scripts" / "generate.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr("sys.argv", ["scripts/generate.py", "--activations-dtype", "float32"])
+    monkeypatch.setattr(script, "talk", lambda: logging.getLogger("sdxl_eqx"))
+    monkeypatch.setattr(begin, "begin_jax", lambda machine: None)
+    monkeypatch.setattr(begin, "configure_jax", lambda machine, precision: None)
+    monkeypatch.setattr(pipeline, "read_parts", full)
+    assert script.main() == 2
+    (said,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+    assert said.startswith("error: out of memory: the model does not fit; use --activations-dtype bfloat16, or more")
+    assert "\n" not in said

@@ -311,7 +311,9 @@ def test_a_model_in_the_hubs_cache_is_read_while_the_hub_is_out_of_reach(
     assert (code, said.splitlines()[-1]) == (2, "error: far enough")
     (run,) = began
     file = model / "unet" / "diffusion_pytorch_model.safetensors"
-    assert np.array_equal(run.state.unet.conv_in.weight, load_file(file)["conv_in.weight"].transpose(2, 3, 1, 0))
+    assert np.array_equal(
+        run.state.trained.unet.conv_in.weight, load_file(file)["conv_in.weight"].transpose(2, 3, 1, 0)
+    )
     assert "models--someone--small" in str(run.parts.model.tokenizers)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import equinox as eqx
 import jax
 import jax.random as jr
 import numpy as np
@@ -26,6 +27,7 @@ from sdxl_eqx.parallel import specs
 from sdxl_eqx.parallel.mesh import batch_sharding, make_mesh
 from sdxl_eqx.parallel.specs import Layout
 from sdxl_eqx.training.computing import unet_compute
+from sdxl_eqx.training.networks import Networks
 from sdxl_eqx.training.state import new_state
 from sdxl_eqx.training.step import StepConfig, train_step
 
@@ -182,18 +184,19 @@ def measure(case: Case) -> tuple[float, list[np.ndarray]]:
         compute = dataclasses.replace(compute, attend=by_triton(compute.attend))
     unet, batch = inputs()
     keep = optax.trace(0.0)  # its state is the last gradient
-    state = new_state(unet, keep, ema=False, key=jr.key(7))
+    networks = Networks(unet, None)
+    state, frozen = new_state(networks, keep, ema=False, key=jr.key(7)), eqx.filter(networks, False)
     where = layout.shardings(jax.eval_shape(lambda: state))
     on_mesh = layout if case.devices > 1 else None
     step = jax.jit(
         functools.partial(
             train_step, config=StepConfig(0.13, np.float32, compute, compute, 0.0, 1, on_mesh), optimizer=keep
         ),
-        in_shardings=(where, None, batch_sharding(layout.mesh, AXES, BATCH), layout.whole),
+        in_shardings=(where, layout.whole, batch_sharding(layout.mesh, AXES, BATCH), layout.whole),
         out_shardings=(where, layout.whole),
         compiler_options=FEWER_LOOPS,
     )
-    after, metrics = step(jax.device_put(state, where), None, batch, Schedule(ScheduleConfig()))
+    after, metrics = step(jax.device_put(state, where), frozen, batch, Schedule(ScheduleConfig()))
     return float(metrics["learning/loss"]), [np.asarray(x) for x in jax.tree.leaves(after.opt_state)]
 
 

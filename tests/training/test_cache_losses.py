@@ -23,6 +23,7 @@ from sdxl_eqx.loading import ModelParts
 from sdxl_eqx.parallel.specs import put
 from sdxl_eqx.training.feed import Batches, feed
 from sdxl_eqx.training.inputs import Inputs
+from sdxl_eqx.training.networks import Networks, split
 from sdxl_eqx.training.program import Program
 from sdxl_eqx.training.setup import Run
 from sdxl_eqx.training.state import new_state
@@ -82,9 +83,9 @@ def losses(pictures, unet, encoders, tmp_path_factory):
         run.program = Program.make(config, parts, jax.devices()[:1], None)
         run.encoders = jax.tree.map(put, encoders, run.layout.shardings(encoders))
         start = partial(new_state, optimizer=SGD, ema=False, key=jr.key(7))
-        run.state = jax.jit(start, out_shardings=run.layout.whole)(unet)
+        trained, run.frozen = split(Networks(unet, None if run.program.is_encoded else run.encoders), config)
+        run.state = jax.jit(start, out_shardings=run.layout.whole)(trained)
         found = feed(run)
-        assert (found.frozen is None) == (cached and not config.data.caption_shuffle)
         batches = Batches(found.stream, found.position)
         state, seen, kind = run.state, [], Batch
         with jax.sharding.set_mesh(run.mesh):
@@ -94,7 +95,7 @@ def losses(pictures, unet, encoders, tmp_path_factory):
                 if kind not in compiled:
                     compiled[kind] = run.program.jit(SGD).lower(*run.program.arguments(SGD)).compile()
                 on_device = jax.tree.map(lambda x: jax.device_put(x, run.program.batch_sharding), batch)
-                state, metrics = compiled[kind](state, found.frozen, on_device, schedule)
+                state, metrics = compiled[kind](state, run.frozen, on_device, schedule)
                 seen.append(float(metrics["learning/loss"]))
         found.stream.close()
         return kind, seen

@@ -20,6 +20,7 @@ from sdxl_eqx.parallel import specs
 from sdxl_eqx.parallel.mesh import make_mesh
 from sdxl_eqx.parallel.specs import Layout
 from sdxl_eqx.training.checkpoint import Checkpoints, NotSaved, Saved, load_unet
+from sdxl_eqx.training.networks import Networks
 from sdxl_eqx.training.state import new_state
 
 # When a restore fails, Orbax leaves reads that it never began, which complain when they are collected.
@@ -50,7 +51,7 @@ def state(unet):
     """A state in which every part is another one."""
     state = begin(unet)
     other = random_model(lambda: UNet(UNET, key=jr.key(0)), 5)
-    return eqx.tree_at(lambda s: (s.ema, s.step), state, (other, jnp.int32(6)))
+    return eqx.tree_at(lambda s: (s.ema, s.step), state, (Networks(other, None), jnp.int32(6)))
 
 
 @pytest.fixture
@@ -146,7 +147,7 @@ def test_what_is_saved_is_the_state_of_its_step_although_later_steps_write_into_
     copies = {}
     reused = 0
     for n in range(1, 9):
-        given = state.unet.conv_in.weight
+        given = state.trained.unet.conv_in.weight
         state = later(state)
         reused += given.is_deleted()
         if n in (2, 5):
@@ -187,7 +188,9 @@ def test_a_checkpoint_of_another_model_is_refused(state, checkpoints):
     checkpoints.save(6, state, SAVED)
     checkpoints.wait()
     wide = dataclasses.replace(UNET, block_out_channels=(16,))
-    other = new_state(random_model(lambda: UNet(wide, key=jr.key(0)), 0), optimizer(), ema=True, key=jr.key(0))
+    other = new_state(
+        Networks(random_model(lambda: UNet(wide, key=jr.key(0)), 0), None), optimizer(), ema=True, key=jr.key(0)
+    )
     with pytest.raises(ValueError, match=r"does not fit this run's model or optimizer.*another --run-name"):
         checkpoints.restore(6, shapes(other))
 
@@ -207,7 +210,7 @@ def run(unet, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
     checkpoints = Checkpoints(folder / "checkpoints", keep=2)
     state = eqx.tree_at(lambda s: s.ema, begin(unet), random_model(lambda: UNet(UNET, key=jr.key(0)), 5))
-    checkpoints.save(1, eqx.tree_at(lambda s: s.ema, state, state.unet), SAVED)
+    checkpoints.save(1, eqx.tree_at(lambda s: s.ema, state, state.trained), SAVED)
     checkpoints.save(2, state, SAVED)
     checkpoints.close()
     return folder, state
@@ -216,8 +219,8 @@ def run(unet, tmp_path_factory):
 def test_load_unet_takes_the_newest_average_by_default(run):
     folder, state = run
     assert_equal(load_unet(folder), state.ema)
-    assert_equal(load_unet(str(folder), ema=False), state.unet)
-    assert_equal(load_unet(folder, step=1), state.unet)
+    assert_equal(load_unet(str(folder), ema=False), state.trained.unet)
+    assert_equal(load_unet(folder, step=1), state.trained.unet)
 
 
 def test_load_unet_gives_a_model_that_runs(run):

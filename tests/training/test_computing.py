@@ -30,6 +30,7 @@ from sdxl_eqx.parallel.specs import Layout
 from sdxl_eqx.training import computing
 from sdxl_eqx.training.computing import unet_compute
 from sdxl_eqx.training.memory import BY_RECOMPUTATION, NONE, Encoding, kept_bytes, step_bytes
+from sdxl_eqx.training.networks import Networks, split
 
 
 def config(parallel: ParallelConfig | None = None, **attention: Any) -> TrainConfig:
@@ -90,7 +91,8 @@ def test_heads_that_tensor_does_not_divide_are_refused():
 
 def test_policies_that_compute_more_again_keep_less():
     unet = jax.eval_shape(lambda: UNet(UNET, key=jr.key(0)))
-    kept = [kept_bytes(unet, 2, 8, Compute(remat=remat)) for remat in BY_RECOMPUTATION]
+    trained, frozen = split(Networks(unet, None), TrainConfig())
+    kept = [kept_bytes(trained, frozen, 2, 8, Compute(remat=remat)) for remat in BY_RECOMPUTATION]
     assert kept == sorted(kept, reverse=True) and kept[0] > 2 * kept[-1]
 
 
@@ -137,11 +139,13 @@ def test_the_encoders_of_a_model_are_counted_as_they_are_laid_out():
     encoders = jax.eval_shape(
         lambda: parts.encoders(dataclasses.replace(model, new_text_encoders=True), one, key=jr.key(0))
     )
-    found = Encoding.of(parts, one, DataConfig(resolution=64, cache_latents_text_encoder_outputs=False))
+    found = Encoding.of(
+        parts, one, TrainConfig(data=DataConfig(resolution=64, cache_latents_text_encoder_outputs=False))
+    )
     assert found.weights == sum(4 * leaf.size for leaf in jax.tree.leaves(encoders))
     assert found.each == 4 * 4 * 64 * 64 * parts.vae.block_out_channels[0]
-    assert Encoding.of(parts, one, DataConfig(caption_shuffle=True)) == Encoding(found.weights)
-    assert Encoding.of(parts, one, DataConfig()) == NONE
+    assert Encoding.of(parts, one, TrainConfig(data=DataConfig(caption_shuffle=True))) == Encoding(found.weights)
+    assert Encoding.of(parts, one, TrainConfig()) == NONE
 
 
 def test_longer_captions_keep_more_for_the_backward_pass():

@@ -2,15 +2,26 @@
 
 import signal
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from sdxl_eqx.config import TrainConfig
 from sdxl_eqx.data.batch import LatentBatch
+from sdxl_eqx.data.buckets import one_bucket
+from sdxl_eqx.data.loader import picture_reader
+from sdxl_eqx.data.sources.synthetic import Synthetic
+from sdxl_eqx.data.tokenizer import bundled_tokenizers
+from sdxl_eqx.flags import merge
+from sdxl_eqx.loading import ModelParts
 from sdxl_eqx.parallel import hosts
-from sdxl_eqx.training.feed import Batches, next_batch
+from sdxl_eqx.parallel.specs import Layout
+from sdxl_eqx.training import feed as feeding
+from sdxl_eqx.training.feed import Batches, feed, next_batch
+from sdxl_eqx.training.inputs import Inputs
 from sdxl_eqx.training.setup import Run
 
 STEP = 7
@@ -94,3 +105,47 @@ def test_alone_a_process_without_more_batches_ends(monkeypatch):
 
     with pytest.raises(ValueError, match="too many samples are bad"):
         batches(read).next()
+
+
+class Encoded:
+    """A cache in whose place pictures are read anew."""
+
+    usable = np.ones(8, bool)
+
+    def reader(self, source, tokenizers, *, with_control):
+        data = TrainConfig().data
+        return picture_reader(source, tokenizers, data, lambda sample: (16, 16), with_control=with_control)
+
+
+def fed(monkeypatch, *, weights: Any = None, **values: Any) -> dict[str, np.ndarray]:
+    """The first batch of 4 of 8 samples."""
+    config = merge(TrainConfig(), {"resolution": 16, "dataset_save_location": "cache", **values})
+    parts = object.__new__(ModelParts)
+    object.__setattr__(parts, "tokenizers", bundled_tokenizers())
+    found = run({}, 4)
+    found.config, found.encoders, found.state = config, None, SimpleNamespace(step=np.int32(0))
+    found.inputs = Inputs(Synthetic(8, 20, 0), parts, np.zeros(0, int), weights)
+    found.program.layout, found.program.encoding, found.program.batch_sharding = object.__new__(Layout), None, None
+    found.program.is_encoded, found.folder = True, SimpleNamespace(path=Path("nowhere"))
+    monkeypatch.setattr(feeding, "own_rows", lambda sharding, size: range(size))
+    looked = lambda *args, **options: (None, one_bucket(np.ones(8, bool), 16))  # noqa: E731
+    monkeypatch.setattr(feeding, "look_at", looked)
+    monkeypatch.setattr(hosts, "to_host", lambda tree: tree)
+    encoding = SimpleNamespace(cached=lambda *args, **options: Encoded())
+    monkeypatch.setattr(feeding, "Encoding", lambda *args: encoding)
+    return next(feed(found).stream)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_controlnet_s_batches_have_what_it_sees_and_others_do_not(monkeypatch, cached):
+    values = {"cache_latents_text_encoder_outputs": cached}
+    batch = fed(monkeypatch, train_controlnet=True, **values)
+    np.testing.assert_array_equal(batch["control"], batch["pixels"])  # of noise the picture itself
+    assert not {"control", "weight"} & fed(monkeypatch, **values).keys()
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_samples_of_unequal_weight_bring_it(monkeypatch, cached):
+    weights = np.linspace(0, 1, 8, dtype=np.float32)
+    batch = fed(monkeypatch, weights=weights, enable_data_shuffling=False, cache_latents_text_encoder_outputs=cached)
+    np.testing.assert_array_equal(batch["weight"], weights[:4])

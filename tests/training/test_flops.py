@@ -6,7 +6,7 @@ import pytest
 from tiny_step import UNET
 
 from sdxl_eqx.arrays import Attend
-from sdxl_eqx.config import DataConfig, DiffusionSchedulerConfig, FlashBlockSizes
+from sdxl_eqx.config import DataConfig, DiffusionSchedulerConfig, FlashBlockSizes, TrainConfig
 from sdxl_eqx.kernels.attention import dot_product
 from sdxl_eqx.kernels.flash import Flash
 from sdxl_eqx.kernels.sharded import Sharded
@@ -113,10 +113,10 @@ def test_encoding_a_picture_takes_the_published_number_of_operations():
 def test_a_step_counts_what_it_encodes_and_all_chunks_of_a_caption():
     shapes, size = dataclasses.replace(ModelShapes.sdxl_base(DiffusionSchedulerConfig()), unet=UNET), (64, 128)
     unet = unet_training_flops(shapes.unet, 8, 16)
-    assert training_flops(shapes, DataConfig(), size) == unet
+    assert training_flops(shapes, TrainConfig(), size) == unet
     text = text_flops(shapes)
-    assert training_flops(shapes, DataConfig(caption_shuffle=True), size) == unet + text
+    assert training_flops(shapes, TrainConfig(data=DataConfig(caption_shuffle=True)), size) == unet + text
     pixels = DataConfig(cache_latents_text_encoder_outputs=False)
-    assert training_flops(shapes, pixels, size) == unet + text + vae_flops(shapes, size)
-    longer = training_flops(shapes, DataConfig(caption_shuffle=True, caption_chunks=2), size)
+    assert training_flops(shapes, TrainConfig(data=pixels), size) == unet + text + vae_flops(shapes, size)
+    longer = training_flops(shapes, TrainConfig(data=DataConfig(caption_shuffle=True, caption_chunks=2)), size)
     assert longer == unet_training_flops(UNET, 8, 16, 154) + 2 * text > unet + text

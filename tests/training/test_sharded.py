@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from sharded_cases import AXES, CASES, REFERENCE, assert_is_that_of_one_device, pairs, product
-from tiny_step import QUICK, UNET, begin, function, step_config, words
+from tiny_step import FROZEN, QUICK, UNET, begin, function, step_config, words
 
 from sdxl_eqx.config import ModelConfig, ParallelConfig, TrainConfig
 from sdxl_eqx.parallel import specs
@@ -49,7 +49,7 @@ def test_losses_and_states_of_5_steps_on_data_2_by_fsdp_4_are_those_of_one_devic
     spread = batch_sharding(layout.mesh, AXES, 8)
     sharded = jax.jit(
         function(on(layout)),
-        in_shardings=(where, None, spread, layout.whole),
+        in_shardings=(where, layout.whole, spread, layout.whole),
         out_shardings=(where, layout.whole),
         donate_argnums=0,
         compiler_options=QUICK,
@@ -57,10 +57,10 @@ def test_losses_and_states_of_5_steps_on_data_2_by_fsdp_4_are_those_of_one_devic
     one, eight = begin(unet), jax.device_put(begin(unet), where)
     batch = jax.device_put(latents, spread)
     for _ in range(5):
-        one, of_one = step(one, None, latents, schedule)
-        eight, of_eight = sharded(eight, None, batch, schedule)
+        one, of_one = step(one, FROZEN, latents, schedule)
+        eight, of_eight = sharded(eight, FROZEN, batch, schedule)
         np.testing.assert_allclose(of_one["learning/loss"], of_eight["learning/loss"], rtol=0, atol=1e-5)
-    for x, y in zip(words(one.unet), words(eight.unet), strict=True):
+    for x, y in zip(words(one.trained), words(eight.trained), strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=2e-4)
     for x, y in zip(words(one.ema), words(eight.ema), strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=2e-4)

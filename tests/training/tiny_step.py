@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from sdxl_eqx.config import OptimConfig
+from sdxl_eqx.config import OptimConfig, TrainConfig
 from sdxl_eqx.data.batch import Batch, LatentBatch
 from sdxl_eqx.diffusion.schedule import Schedule, ScheduleConfig
 from sdxl_eqx.models.clip import CLIPText, CLIPTextConfig
@@ -21,6 +21,7 @@ from sdxl_eqx.models.sdxl import Encoders
 from sdxl_eqx.models.unet import UNet, UNetConfig
 from sdxl_eqx.models.vae import VAE, VAEConfig
 from sdxl_eqx.nn.compute import Compute
+from sdxl_eqx.training.networks import Networks, split
 from sdxl_eqx.training.optimizer import learning_rate, make_optimizer
 from sdxl_eqx.training.state import TrainState, new_state
 from sdxl_eqx.training.step import StepConfig, train_step
@@ -52,6 +53,10 @@ def random_model(make: Callable[[], Any], seed: int) -> Any:
         return jnp.asarray(scale * rng.standard_normal(x.shape) + (x.ndim == 1), x.dtype)
 
     return jax.tree.map(fill, eqx.filter_eval_shape(make))
+
+
+FROZEN = split(Networks(eqx.filter_eval_shape(UNet, UNET, key=jr.key(0)), None), TrainConfig())[1]
+"""What does not train beside the whole UNet where batches are encoded: nothing."""
 
 
 @pytest.fixture(scope="session")
@@ -110,7 +115,7 @@ def optimizer(config: OptimConfig = OPTIM) -> optax.GradientTransformation:
 
 def begin(unet: UNet, config: OptimConfig = OPTIM) -> TrainState:
     """A state of its own arrays, which may be donated."""
-    state = new_state(unet, optimizer(config), ema=config.ema_decay > 0, key=jr.key(7))
+    state = new_state(Networks(unet, None), optimizer(config), ema=config.ema_decay > 0, key=jr.key(7))
     return jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else jnp.array(x), state)
 
 

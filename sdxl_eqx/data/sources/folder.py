@@ -12,7 +12,7 @@ from typing import Any
 
 from sdxl_eqx.data.bad import BadSample
 from sdxl_eqx.data.sources.files import Files, is_local, joined
-from sdxl_eqx.data.sources.source import Source, texts
+from sdxl_eqx.data.sources.source import Conditioned, Source, texts, texts_or
 
 METADATA = ("metadata.csv", "metadata.jsonl")
 """Files whose lines are samples; a picture's path in them begins at their own folder."""
@@ -31,13 +31,22 @@ FILE_NAME = "file_name"
 logger = logging.getLogger("sdxl_eqx")
 
 
-class ImageFolder(Source):
+class ImageFolder(Conditioned):
     """The pictures of a folder and of those in it, local or remote.
 
     Where it has metadata.jsonl or metadata.csv, in any folder, their lines are the samples, in their order, and every
     line is checked here. Otherwise every picture is one, in natural order of the paths, and the first line of its
     text (a.txt or a.caption beside a.png) that is not empty its caption. That pictures and texts can be read is seen
     later.
+
+    Args:
+        folder: local or remote.
+        image_column: field of the picture's path; `file_name` will do.
+        caption_column: field of the captions.
+        condition_column: field of the path of what a ControlNet sees, with or without `_file_name`; '' is none.
+        caption: that of pictures that have none, which are refused where it is ''.
+        max_samples: only the first so many; -1 is all.
+        token: the Hub's.
 
     Raises:
         ValueError: with the file, the line, the rule it breaks and the remedy.
@@ -50,17 +59,23 @@ class ImageFolder(Source):
         *,
         image_column: str = "image",
         caption_column: str = "text",
+        condition_column: str = "",
+        caption: str = "",
         max_samples: int = -1,
         token: str = "",
     ):
         self.folder = folder
         self._columns = (image_column, caption_column)
+        self._caption = caption
+        self._condition_columns = (condition_column, f"{condition_column}_{FILE_NAME}") if condition_column else ()
+        self._conditions: list[str] = []
+        """The path of what a ControlNet sees of each, '' where there is none; empty where it is not asked for."""
         self._files = Files(token)
         self._names: list[str] = []
         self._captions: list[str | tuple[str, ...]] = []
         """One string where there is one caption, since a million tuples take 56 MB; empty where there are texts."""
         self._texts: list[str] = []
-        """The text of each picture; empty where there is metadata."""
+        """The text of each picture, '' where it has none; empty where there is metadata."""
         listed = self._files.listing(folder)
         metadata = [name for name in listed if os.path.basename(name) in METADATA]
         if metadata:
@@ -89,7 +104,8 @@ class ImageFolder(Source):
             return (captions,) if isinstance(captions, str) else captions
         text = self._texts[index]
         try:
-            return (text_lines(self._files.read(joined(self.folder, text)))[0],)
+            data = self._text(index)
+            return (text_lines(data)[0] if data.strip() or not self._caption else self._caption,)
         except (OSError, ValueError) as error:
             raise BadSample(self.name(index), f"its text {text}: {error}") from error
 
@@ -103,6 +119,24 @@ class ImageFolder(Source):
             return self._files.read(joined(self.folder, self._names[index]), 0, limit)
         except OSError as error:
             raise BadSample(self.name(index), f"{type(error).__name__}: {error}") from error
+
+    def condition(self, index: int) -> bytes:
+        """The bytes of the file that its line names.
+
+        Raises:
+            BadSample: it names none, or they cannot be read.
+        """
+        path = self._conditions[index] if self._conditions else ""
+        if not path:
+            raise BadSample(self.name(index), f"its line has no {' or '.join(self._condition_columns) or 'condition'}")
+        try:
+            return self._files.read(joined(self.folder, path))
+        except OSError as error:
+            raise BadSample(self.name(index), f"what a ControlNet sees, {path}: {error}") from error
+
+    def _text(self, index: int) -> bytes:
+        text = self._texts[index]
+        return self._files.read(joined(self.folder, text)) if text else b""
 
     def _join(self, metadata: list[str], listed: set[str], max_samples: int) -> None:
         """Take the lines of all metadata files."""
@@ -126,14 +160,19 @@ class ImageFolder(Source):
         if not self._names:
             where = ", ".join(joined(self.folder, file) for file in metadata[:3])
             raise ValueError(f"{where} has no samples: it must hold one a line, such as {example}")
-        left_out = sum(map(is_picture, listed - set(self._names)))
+        if self._condition_columns and not any(self._conditions):
+            where, wanted = joined(self.folder, metadata[0]), " or ".join(map(repr, self._condition_columns))
+            raise ValueError(f"{where}: no line has a field {wanted} with the path of what a ControlNet sees; "
+                             "--conditioning-image-column names the one to read")  # fmt: skip
+        left_out = sum(map(is_picture, listed - set(self._names) - set(self._conditions)))
         if left_out and len(self) != max_samples:
             logger.warning("%d pictures of %s are in no metadata file: left out", left_out, self.folder)
 
     def _take(self, fields: dict[str, Any], own: str, listed: set[str], example: str) -> None:
         """Add the sample of a line of the metadata of the folder `own`."""
         image_column, caption_column = self._columns
-        for flag, columns in (("image", (image_column, FILE_NAME)), ("caption", (caption_column,))):
+        needed = [("image", (image_column, FILE_NAME))]
+        for flag, columns in needed if self._caption else [*needed, ("caption", (caption_column,))]:
             if not any(column in fields for column in columns):
                 have = ", ".join(map(repr, fields)) or "none"
                 wanted = " or ".join(map(repr, dict.fromkeys(columns)))
@@ -143,24 +182,34 @@ class ImageFolder(Source):
         remedy = f"write a line such as {example}"
         if not isinstance(written, str):
             raise ValueError(f"field {column!r} must be a string, not {repr(written)[:80]}; {remedy}")
+        said = fields.get(caption_column)
         try:
-            captions = texts(fields[caption_column])
+            captions = (self._caption,) if self._caption and not said else texts_or(texts(said), self._caption)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"field {caption_column!r}: {error}; {remedy}") from error
         name = f"{own}/{written}" if own else written
         self._names.append(name if name in listed else self._found(written, own, listed))
         self._captions.append(captions[0] if len(captions) == 1 else captions)
+        if self._condition_columns:
+            seen = next((fields[column] for column in self._condition_columns if fields.get(column)), "")
+            if not isinstance(seen, str):
+                raise ValueError(f"field {self._condition_columns[0]!r} must be a path, not {repr(seen)[:80]}")
+            self._conditions.append(self._inside(seen, own) if seen else "")
 
     def _found(self, written: str, own: str, listed: set[str]) -> str:
         """The path, from the folder on, of a picture that is written otherwise than it is listed."""
+        name = self._inside(written, own)
+        if name not in listed and not self._files.is_file(joined(self.folder, name)):
+            raise ValueError(f"there is no picture {joined(self.folder, name)}; add the file or remove the line")
+        return name
+
+    def _inside(self, written: str, own: str) -> str:
+        """The path, from the folder on, of what the metadata of the folder `own` names."""
         path = PurePosixPath(written)
         if path.is_absolute() or ".." in path.parts:
             inside = joined(self.folder, own) if own else self.folder
             raise ValueError(f"{str(path)!r} leaves the folder; give a path inside {inside}, without '..'")
-        name = str(PurePosixPath(own) / path)
-        if name not in listed and not self._files.is_file(joined(self.folder, name)):
-            raise ValueError(f"there is no picture {joined(self.folder, name)}; add the file or remove the line")
-        return name
+        return str(PurePosixPath(own) / path)
 
     def _pair(self, listed: list[str], max_samples: int) -> None:
         """Take each picture with the text beside it."""
@@ -177,22 +226,28 @@ class ImageFolder(Source):
                 f"{self.folder} has no metadata.jsonl, no metadata.csv and no pictures (kinds of file: "
                 f"{', '.join(ends) or 'none'}); give it pictures of a kind that Pillow reads, and {ways}"
             )
-        if not found:
-            raise ValueError(f"{self.folder} has pictures but no captions; give it {ways}, or a text beside "
-                             f"each picture, such as {os.path.splitext(pictures[0])[0]}.txt")  # fmt: skip
+        if self._condition_columns:
+            raise ValueError(f"{self.folder} has no metadata.jsonl and no metadata.csv to name what a ControlNet sees; "
+                             f"give it one whose lines have the field {self._condition_columns[0]!r}")  # fmt: skip
+        if not found and not self._caption:
+            raise ValueError(f"{self.folder} has pictures but no captions; give it {ways}, a text beside each picture, "
+                             f"such as {os.path.splitext(pictures[0])[0]}.txt, or all of them one caption with "
+                             "--instance-prompt")  # fmt: skip
         stems = {os.path.splitext(name)[0] for name in pictures}
         if alone := [text for stem, text in found.items() if stem not in stems]:
             logger.warning("%d texts of %s have no picture of a kind that is read beside them, such as %s: left out",
                            len(alone), self.folder, alone[0])  # fmt: skip
         self._names = pictures[:max_samples] if max_samples >= 0 else pictures
-        if missing := [name for name in self._names if os.path.splitext(name)[0] not in found]:
+        missing = [name for name in self._names if os.path.splitext(name)[0] not in found]
+        if missing and not self._caption:
             raise ValueError(
                 f"{len(missing)} of {len(self)} pictures of {self.folder} have no text, such as {missing[0]}: write "
-                f"its caption into {os.path.splitext(missing[0])[0]}.txt, or move the picture away"
+                f"its caption into {os.path.splitext(missing[0])[0]}.txt, move the picture away, or give those without "
+                "one with --instance-prompt"
             )
-        self._texts = [found[os.path.splitext(name)[0]] for name in self._names]
+        self._texts = [found.get(os.path.splitext(name)[0], "") for name in self._names]
         looks = 1000 if is_local(self.folder) else 16  # a remote one takes a tenth of a second
-        report_further_lines(self, lambda i: self._files.read(joined(self.folder, self._texts[i])), looks)
+        report_further_lines(self, self._text, looks)
 
 
 def is_picture(name: str) -> bool:

@@ -3,7 +3,7 @@
 import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +37,31 @@ SAVED = ("state.json", "dataset_dict.json")
 
 
 def open_source(
-    data: DataConfig, *, seed: int, token: str, latents: Callable[[Sequence[Path]], LatentRecords]
+    data: DataConfig,
+    *,
+    seed: int,
+    token: str,
+    latents: Callable[[Sequence[Path]], LatentRecords],
+    condition_column: str = "",
+    caption: str = "",
 ) -> Source | LatentRecords:
     """The data set that the flags name; nothing of a picture is read yet.
 
-    `seed` is that of synthetic pictures; `latents` opens TFRecords of what an encoder made, which only the model knows.
+    Args:
+        data: the flags.
+        seed: that of synthetic pictures.
+        token: the Hub's.
+        latents: opens TFRecords of what an encoder made, which only the model knows.
+        condition_column: where what a ControlNet sees is found; '' where none is trained.
+        caption: that of pictures that have none.
 
     Raises:
         ValueError: there is none, or it is not of the type that is asked for, naming flag and remedy.
         OSError: it cannot be read.
     """
     kind = data.dataset_type
-    columns: dict[str, Any] = {"image_column": data.image_column, "caption_column": data.caption_column}
+    columns: dict[str, Any] = {"image_column": data.image_column, "caption_column": data.caption_column,
+                               "condition_column": condition_column, "caption": caption}  # fmt: skip
     most: dict[str, Any] = {"max_samples": data.max_train_samples}
     if kind == "synthetic":
         count = SYNTHETIC_COUNT if data.max_train_samples == -1 else data.max_train_samples
@@ -90,7 +103,7 @@ def open_source(
         return Table(arrow_files(local), **columns, **most, **where, name=place)
     if kind == "arrayrecord":
         return ArrayRecords(local, **columns, **most)
-    _refuse_what_is_encoded(data)
+    _refuse_what_is_encoded(data, {"train_controlnet": condition_column, "instance_prompt": caption})
     return latents(local)
 
 
@@ -125,14 +138,16 @@ def _of_split(place: str, names: Sequence[str], split: str) -> list[str]:
     return found
 
 
-def _refuse_what_is_encoded(data: DataConfig) -> None:
+def _refuse_what_is_encoded(data: DataConfig, others: Mapping[str, str]) -> None:
     """Refuse what would change pictures or captions that are encoded already.
 
     Raises:
         ValueError: naming the flag.
     """
-    for name in ("aspect_ratio_buckets", "center_crop", "random_flip", "caption_shuffle"):
-        if getattr(data, name):
+    own = {name: getattr(data, name) for name in ("aspect_ratio_buckets", "center_crop", "random_flip",
+                                                  "caption_shuffle")}  # fmt: skip
+    for name, value in {**own, **others}.items():
+        if value:
             raise ValueError(
                 f"--{name.replace('_', '-')}: has no effect on TFRecords of latents, which are encoded already; "
                 "leave it out."

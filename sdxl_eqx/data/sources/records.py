@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from sdxl_eqx.data.bad import BadSample
 from sdxl_eqx.data.sources.examples import parse_example
 from sdxl_eqx.data.sources.files import cache_name, whole_file
-from sdxl_eqx.data.sources.source import Source, texts
+from sdxl_eqx.data.sources.source import Conditioned, texts, texts_or
 
 INDEX_FORMAT = 1
 """Part of what an index must hold to be used: raise it when that changes."""
@@ -59,18 +59,31 @@ class Shards:
         return f"record {place} of {self.paths[file]}"
 
 
-class ArrayRecords(Source):
+class ArrayRecords(Conditioned):
     """ArrayRecord files whose records are tf.train.Examples, one file after the other.
 
-    The image feature holds the bytes of a picture's file, the caption feature one or more captions (see `texts`). The
-    first record tells whether they are there. A record is one piece: a caption or a header costs reading all of it.
+    The image feature holds the bytes of a picture's file, the caption feature one or more captions (see `texts`), the
+    feature `condition_column`, if it is not '', what a ControlNet sees. The first record tells whether they are there.
+    A record is one piece: a caption or a header costs reading all of it. `caption` is that of records that have none;
+    where it is '' these are bad samples.
 
     Raises:
         ValueError: a file is none of this kind, there are no records, or the first one lacks a feature.
     """
 
-    def __init__(self, paths: Sequence[str | Path], *, image_column: str, caption_column: str, max_samples: int = -1):
+    def __init__(
+        self,
+        paths: Sequence[str | Path],
+        *,
+        image_column: str,
+        caption_column: str,
+        condition_column: str = "",
+        caption: str = "",
+        max_samples: int = -1,
+    ):
         self.image_column = image_column
+        self.condition_column = condition_column
+        self._caption = caption
         self.caption_column = caption_column
         self._files = [_open_array_record(path) for path in paths]
         self._shards = Shards(paths, [len(file) for file in self._files], max_samples)
@@ -78,8 +91,9 @@ class ArrayRecords(Source):
             first = self._features(0)
         except BadSample as error:
             raise ValueError(f"{error}. --dataset-type arrayrecord reads records that are tf.train.Examples") from error
-        for flag, column in (("image", image_column), ("caption", caption_column)):
-            if not isinstance(first.get(column), list):
+        columns = [("image", image_column), ("caption", "" if caption else caption_column)]
+        for flag, column in [*columns, ("conditioning-image", condition_column)]:
+            if column and not isinstance(first.get(column), list):
                 have = ", ".join(sorted(first)) or "none"
                 raise ValueError(
                     f"{self.name(0)} has no feature {column!r} of bytes (features: {have}); "
@@ -103,7 +117,8 @@ class ArrayRecords(Source):
             BadSample: it cannot be read, or has none.
         """
         try:
-            return tuple(text for value in self._values(index, self.caption_column) for text in texts(value))
+            values = self._values(index, self.caption_column, [self._caption.encode()] if self._caption else None)
+            return texts_or([text for value in values for text in texts(value)], self._caption)
         except UnicodeDecodeError as error:
             raise BadSample(self.name(index), f"its caption is no UTF-8 ({error})") from error
 
@@ -116,8 +131,19 @@ class ArrayRecords(Source):
         data = self._values(index, self.image_column)[0]
         return data if limit < 0 else data[:limit]
 
-    def _values(self, index: int, column: str) -> list[bytes]:
+    def condition(self, index: int) -> bytes:
+        """The first value of the feature of what a ControlNet sees.
+
+        Raises:
+            BadSample: it cannot be read, or has none.
+        """
+        return self._values(index, self.condition_column)[0]
+
+    def _values(self, index: int, column: str, otherwise: list[bytes] | None = None) -> list[bytes]:
+        """The values of a feature, or `otherwise` where it has none."""
         values = self._features(index).get(column)
+        if otherwise and (values is None or not len(values)):
+            return otherwise
         if not isinstance(values, list) or not values:
             raise BadSample(self.name(index), f"it has no bytes in feature {column!r}")
         return values

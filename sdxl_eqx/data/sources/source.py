@@ -1,6 +1,7 @@
 """What every source of samples gives, whatever its files are."""
 
 import json
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 
@@ -32,6 +33,26 @@ class Source(Protocol):
             BadSample: they cannot be read.
         """
         ...
+
+
+@runtime_checkable
+class Conditioned(Source, Protocol):
+    """A source that was opened with what a ControlNet sees of each sample."""
+
+    def condition(self, index: int) -> bytes:
+        """The bytes of the file (JPEG, PNG, ...) of the map that belongs to a sample's picture, of any size.
+
+        Raises:
+            BadSample: there is none, or it cannot be read.
+        """
+        ...
+
+
+def texts_or(captions: Sequence[str], otherwise: str) -> tuple[str, ...]:
+    """The captions that are not blank, or `otherwise` where none is; where that is '' they are left as they are."""
+    if not otherwise:
+        return tuple(captions)
+    return tuple(caption for caption in captions if caption.strip()) or (otherwise,)
 
 
 def texts(value: Any) -> tuple[str, ...]:

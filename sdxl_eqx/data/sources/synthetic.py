@@ -4,10 +4,10 @@ import struct
 
 import numpy as np
 
-from sdxl_eqx.data.sources.source import Source
+from sdxl_eqx.data.sources.source import Conditioned
 
 
-class Synthetic(Source):
+class Synthetic(Conditioned):
     """So many square pictures of noise, made when they are asked for, the same ones for the same seed.
 
     Args:
@@ -53,3 +53,7 @@ class Synthetic(Source):
         words = np.random.PCG64([self.seed, index]).random_raw(-(-size // 8)).astype("<u8", copy=False)
         data = header + words.tobytes()[:size]
         return data if limit < 0 else data[:limit]
+
+    def condition(self, index: int) -> bytes:
+        """The picture itself."""
+        return self.picture(index)

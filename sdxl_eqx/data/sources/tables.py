@@ -13,7 +13,7 @@ import numpy as np
 
 from sdxl_eqx.data.bad import BadSample
 from sdxl_eqx.data.sources.files import Files, is_local, joined, natural_order
-from sdxl_eqx.data.sources.source import Source, texts
+from sdxl_eqx.data.sources.source import Conditioned, texts, texts_or
 
 if TYPE_CHECKING:  # importing it takes seconds, which only those pay who read tables
     import datasets
@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # importing it takes seconds, which only those pay who read t
 logger = logging.getLogger("sdxl_eqx")
 
 
-class Table(Source):
+class Table(Conditioned):
     """The rows of a `datasets.Dataset`, which stays on disk: nothing is kept of a row.
 
     Pictures are bytes, paths, or structs of both ({bytes, path}, as the library's own image columns are), captions
@@ -31,6 +31,8 @@ class Table(Source):
         dataset: the rows.
         image_column: column of the pictures.
         caption_column: column of the captions.
+        condition_column: column of what a ControlNet sees, of the kinds of the pictures; '' is none.
+        caption: that of rows that have none; where it is '' these are bad samples.
         max_samples: only the first so many; -1 is all.
         folder: what paths of pictures start from, local or remote.
         name: what the table is called in messages.
@@ -46,6 +48,8 @@ class Table(Source):
         *,
         image_column: str,
         caption_column: str,
+        condition_column: str = "",
+        caption: str = "",
         max_samples: int = -1,
         folder: str | None = None,
         name: str = "",
@@ -57,13 +61,20 @@ class Table(Source):
         self._count = len(dataset) if max_samples < 0 else min(len(dataset), max_samples)
         if not self._count:
             raise ValueError(f"{self._name} has no rows; give one that has, or another --train-split")
-        image_column = _image_column(dataset, image_column, self._name)
-        _check(dataset, image_column, "image", _is_picture, "pictures, their bytes or their paths", self._name)
-        _check(dataset, caption_column, "caption", _is_caption, "strings, lists of them or JSON", self._name)
+        image_column = _image_column(dataset, image_column, condition_column, self._name)
+        pictures = "pictures, their bytes or their paths"
+        _check(dataset, image_column, "image", _is_picture, pictures, self._name)
+        self._caption = caption
+        has_captions = not caption or caption_column in dataset.column_names
+        if has_captions:
+            _check(dataset, caption_column, "caption", _is_caption, "strings, lists of them or JSON", self._name)
+        if condition_column:
+            _check(dataset, condition_column, "conditioning-image", _is_picture, pictures, self._name)
         # In arrow format a row is a view of the file. In any other its values are copied, and pictures decoded.
         self._pictures = dataset.select_columns([image_column]).with_format("arrow")
-        self._texts = dataset.select_columns([caption_column]).with_format("arrow")
-        first = self._found(0, 0)
+        self._texts = dataset.select_columns([caption_column]).with_format("arrow") if has_captions else None
+        self._conditions = dataset.select_columns([condition_column]).with_format("arrow") if condition_column else None
+        first = self._found(self._pictures, 0, 0)
         if isinstance(first, str) and re.match("https?://", first):
             raise ValueError(
                 f"{self.name(0)}: column {image_column!r} holds addresses in the web ({first}); fetch the pictures "
@@ -86,8 +97,11 @@ class Table(Source):
         Raises:
             BadSample: there are none.
         """
+        if self._texts is None:
+            return (self._caption,)
         try:
-            return texts(_cell(self._texts, index)[0].as_py())
+            said = _cell(self._texts, index)[0].as_py()
+            return (self._caption,) if self._caption and not said else texts_or(texts(said), self._caption)
         except (OSError, ValueError) as error:
             raise BadSample(self.name(index), str(error)) from error
 
@@ -97,17 +111,31 @@ class Table(Source):
         Raises:
             BadSample: there are none, or the file cannot be read.
         """
+        return self._read(self._pictures, index, limit, "picture")
+
+    def condition(self, index: int) -> bytes:
+        """The bytes in the row's column of what a ControlNet sees, or those of the file it names.
+
+        Raises:
+            BadSample: there are none, or the file cannot be read.
+        """
+        if self._conditions is None:
+            raise BadSample(self.name(index), "no column of what a ControlNet sees was asked for")
+        return self._read(self._conditions, index, -1, "picture for a ControlNet to see")
+
+    def _read(self, column: "datasets.Dataset", index: int, limit: int, what: str) -> bytes:
         try:
-            found = self._found(index, limit)
+            found = self._found(column, index, limit)
             if found is None:
-                raise ValueError("it has no picture")
+                raise ValueError(f"it has no {what}")
             return found if isinstance(found, bytes) else self._files.read(self._resolved(found), 0, limit)
         except (OSError, ValueError) as error:
             raise BadSample(self.name(index), str(error)) from error
 
-    def _found(self, index: int, limit: int) -> bytes | str | None:
-        """The bytes of the picture in the row, or else its path."""
-        cell = _cell(self._pictures, index)
+    @staticmethod
+    def _found(column: "datasets.Dataset", index: int, limit: int) -> bytes | str | None:
+        """The bytes of the picture in a row of a table of one column, or else its path."""
+        cell = _cell(column, index)
         parts = [cell]
         if names := [field.name for field in cell.type] if _kind(cell.type) == "struct" else []:
             parts = [] if cell.null_count else [cell.field(name) for name in ("bytes", "path") if name in names]
@@ -252,11 +280,13 @@ def _explained(what: str, remedy: str, token: str = "") -> Iterator[None]:
 _TOKEN = re.compile(r"Bearer [\w.~+/=-]+|hf_[A-Za-z0-9]{20,}")
 
 
-def _image_column(dataset: "datasets.Dataset", column: str, name: str) -> str:
-    """The column asked for, or the only one of pictures where there is none of that name."""
+def _image_column(dataset: "datasets.Dataset", column: str, condition_column: str, name: str) -> str:
+    """The column asked for, or the only one of pictures (but for those that a ControlNet sees) where there is none of
+    that name."""
     from datasets import Image
 
     pictures = [found for found, feature in dataset.features.items() if isinstance(feature, Image)]
+    pictures = [found for found in pictures if found != condition_column]
     if column in dataset.column_names or len(pictures) != 1:
         return column
     logger.info("%s has no column %r; %r, the only one of pictures, is read", name, column, pictures[0])

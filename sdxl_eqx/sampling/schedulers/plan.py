@@ -120,7 +120,11 @@ class Plan:
 
     def until(self, denoising_end: float) -> "Plan":
         """The part that a base model draws before a refiner takes over, `denoising_end` of the way from 0 to 1."""
-        return self.part(0, int(np.sum(self.timesteps >= self._cutoff(denoising_end))))
+        return self.part(0, self.count_until(denoising_end))
+
+    def count_until(self, denoising_end: float) -> int:
+        """How many evaluations that part has."""
+        return int(np.sum(self.timesteps >= self._cutoff(denoising_end)))
 
     def since(self, denoising_start: float) -> "Plan":
         """The part that a refiner draws from where `until` left off."""

@@ -240,7 +240,8 @@ def test_a_text_that_cannot_be_read_makes_a_bad_sample(folder):
 
 def test_a_picture_without_its_text_is_an_error_that_names_both(local):
     put(local, {"a.txt": "a", "c.txt": "c"})
-    rule = r"1 of 3 pictures of .* have no text, such as b.png: write its caption into b.txt, or move the picture away"
+    rule = r"1 of 3 pictures of .* have no text, such as b.png: write its caption into b.txt, move the picture away, "
+    rule += "or give those without one with --instance-prompt"
     with pytest.raises(ValueError, match=rule):
         ImageFolder(local)
     assert len(ImageFolder(local, max_samples=1)) == 1
@@ -248,7 +249,8 @@ def test_a_picture_without_its_text_is_an_error_that_names_both(local):
 
 def test_pictures_without_any_captions_are_an_error_that_shows_both_ways(local):
     with pytest.raises(
-        ValueError, match=r'has pictures but no captions.*"caption": "a photo.*or a text.*such as a.txt'
+        ValueError,
+        match=r'has pictures but no captions.*"caption": "a photo.*, a text.*such as a.txt, or all.*--instance-prompt',
     ):
         ImageFolder(local, caption_column="caption")
 

@@ -173,7 +173,7 @@ def test_captions_are_read_without_the_picture():
     source = table()
     source._pictures = None  # pyright: ignore[reportAttributeAccessIssue]
     assert source.captions(1) == ("b",)
-    assert source._texts.column_names == ["text"]
+    assert source._texts is not None and source._texts.column_names == ["text"]
 
 
 def test_columns_can_have_other_names():

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from sdxl_eqx.data.bad import BadSample
-from sdxl_eqx.data.sources import Source, tars
+from sdxl_eqx.data.sources import Source, tar_index
 from sdxl_eqx.data.sources.files import BLOCK, Files
 from sdxl_eqx.data.sources.tars import Tars
 
@@ -71,8 +71,8 @@ def write(tmp_path):
 def scans(monkeypatch):
     """The tars whose headers were read."""
     read = []
-    scan = tars._scan
-    monkeypatch.setattr(tars, "_scan", lambda file, path: read.append(path) or scan(file, path))
+    scan = tar_index.scan
+    monkeypatch.setattr(tar_index, "scan", lambda file, path: read.append(path) or scan(file, path))
     return read
 
 
@@ -302,20 +302,20 @@ def test_a_damaged_index_is_made_again_with_a_word(write, scans, caplog, damage)
 def test_an_index_of_another_format_is_made_again(write, scans, monkeypatch):
     path = write(shard("a"))
     Tars([path])
-    monkeypatch.setattr(tars, "FORMAT", "2")
+    monkeypatch.setattr(tar_index, "FORMAT", "2")
     assert len(Tars([path])) == 1 and len(scans) == 2
 
 
 def test_where_a_folder_takes_no_file_the_index_lies_in_the_user_s_cache(write, scans, home, monkeypatch):
     path = write(shard("a"))
-    save = tars._save
+    save = tar_index.save
 
     def refuse(index, place, state):
         if place.name == "0.tar.index":
             raise PermissionError("read-only")
         save(index, place, state)
 
-    monkeypatch.setattr(tars, "_save", refuse)
+    monkeypatch.setattr(tar_index, "save", refuse)
     for _ in range(2):
         assert len(Tars([path])) == 1
     (index,) = (home / ".cache" / "sdxl_eqx" / "index").iterdir()
@@ -326,7 +326,7 @@ def test_an_index_that_can_be_kept_nowhere_is_said_and_used(write, caplog, monke
     def refuse(index, place, state):
         raise PermissionError("read-only")
 
-    monkeypatch.setattr(tars, "_save", refuse)
+    monkeypatch.setattr(tar_index, "save", refuse)
     assert len(Tars([write(shard("a"))])) == 1
     assert "cannot be kept, so that each run makes it again: read-only" in said(caplog)[0]
 
@@ -393,7 +393,7 @@ def test_many_threads_read_one_source(write):
 def test_the_memory_to_make_an_index_is_not_that_of_the_headers():
     data = io.BytesIO(tar([(f"{i}.jpg", "") for i in range(2000)]))
     tracemalloc.start()
-    index = tars._scan(io.BufferedReader(data), "0.tar")  # pyright: ignore[reportArgumentType]
+    index = tar_index.scan(io.BufferedReader(data), "0.tar")  # pyright: ignore[reportArgumentType]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(index.key) == 2000 and peak < 1_000_000

@@ -6,6 +6,7 @@ import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -24,13 +25,23 @@ class Sample:
     """Of the file, with its ending."""
     data: bytes
     captions: tuple[str, ...]
+    condition: bytes = b""
+    """What a ControlNet sees, a PNG; samples without captions or this are written without their fields."""
 
 
 def write_folder(folder: Path, samples: Sequence[Sample], files: int) -> None:
     """Pictures, and metadata.jsonl with their captions as lists; `files` has no meaning for it."""
-    lines = [json.dumps({"file_name": one.name, "text": one.captions}, ensure_ascii=False) for one in samples]
+    lines = []
     for one in samples:
         (folder / one.name).write_bytes(one.data)
+        fields: dict[str, Any] = {"file_name": one.name, "text": one.captions}
+        if not one.captions:
+            del fields["text"]
+        if one.condition:
+            fields["conditioning_image_file_name"] = f"maps/{Path(one.name).stem}.png"
+            (folder / "maps").mkdir(exist_ok=True)
+            (folder / fields["conditioning_image_file_name"]).write_bytes(one.condition)
+        lines.append(json.dumps(fields, ensure_ascii=False))
     (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
 
 
@@ -46,7 +57,11 @@ def write_tars(folder: Path, samples: Sequence[Sample], files: int) -> None:
         with tarfile.open(folder / f"part-{number}.tar", "w") as tar:
             for one in part:
                 _add(tar, one.name, one.data)
-                _add(tar, f"{Path(one.name).stem}.json", json.dumps({"text": one.captions}).encode())
+                stem = Path(one.name).stem
+                if one.captions:
+                    _add(tar, f"{stem}.json", json.dumps({"text": one.captions}).encode())
+                if one.condition:
+                    _add(tar, f"{stem}.conditioning_image.png", one.condition)
 
 
 def write_records(folder: Path, samples: Sequence[Sample], files: int) -> None:
@@ -54,7 +69,9 @@ def write_records(folder: Path, samples: Sequence[Sample], files: int) -> None:
     for number, part in _parts(samples, files):
         writer = ArrayRecordWriter(str(folder / f"part-{number}.array_record"), "group_size:1")
         for one in part:
-            writer.write(make_example({"image": [one.data], "text": [said.encode() for said in one.captions]}))
+            said = {"text": [caption.encode() for caption in one.captions]} if one.captions else {}
+            seen = {"conditioning_image": [one.condition]} if one.condition else {}
+            writer.write(make_example({"image": [one.data], **said, **seen}))
         writer.close()
 
 
@@ -82,7 +99,13 @@ def _parts(samples: Sequence[Sample], files: int) -> Iterator[tuple[int, Sequenc
 def _table(samples: Sequence[Sample]) -> datasets.Dataset:
     features = datasets.Features({"image": datasets.Image(), "text": datasets.List(datasets.Value("string"))})
     pictures = [{"bytes": one.data, "path": None} for one in samples]
-    columns = {"image": pictures, "text": [list(one.captions) for one in samples]}
+    columns: dict[str, list[Any]] = {"image": pictures, "text": [list(one.captions) for one in samples]}
+    if any(one.condition for one in samples):
+        features["conditioning_image"] = datasets.Image()
+        seen = [{"bytes": one.condition, "path": None} if one.condition else None for one in samples]
+        columns["conditioning_image"] = seen
+    if not any(one.captions for one in samples):
+        del columns["text"], features["text"]
     return datasets.Dataset.from_dict(columns, features=features)
 
 

@@ -1,0 +1,35 @@
+"""Pictures of a subject beside pictures of its class, as DreamBooth trains on them (Ruiz et al. 2023, section 3.3)."""
+
+import numpy as np
+from jaxtyping import Float32, Int
+
+from sdxl_eqx.data.sources import Source
+from sdxl_eqx.data.sources.joined import Joined, Picked
+
+
+def beside_class(
+    subject: Source, held: Int[np.ndarray, " m"], pictures: Source, class_weight: float
+) -> tuple[Source, Int[np.ndarray, " m"], Float32[np.ndarray, " n"]]:
+    """(both sets as one source, which of its samples are held out, the weight of each sample's loss).
+
+    The larger set decides the epoch, as in diffusers' `train_dreambooth_lora_sdxl.py`: of it every picture comes once,
+    and of the other as many, its pictures again and again. None is left out, and half of all visits are to the class.
+    What is held out are pictures of the subject alone; none of them is among those trained on.
+
+    Args:
+        subject: pictures of the subject.
+        held: which of them are held out.
+        pictures: those of the class.
+        class_weight: of the loss of these; that of the subject's is 1.
+    """
+    own = np.setdiff1d(np.arange(len(subject)), held)
+    count = max(len(own), len(pictures))
+    joined = Joined(
+        {
+            "instance": Picked(subject, np.resize(own, count)),
+            "class": Picked(pictures, np.resize(np.arange(len(pictures)), count)),
+            "held out": Picked(subject, held),
+        }
+    )
+    weights = np.repeat(np.array([1.0, class_weight, 1.0], np.float32), [count, count, len(held)])
+    return joined, np.arange(2 * count, len(joined)), weights
