@@ -252,6 +252,7 @@ def test_what_one_process_alone_finds_wrong_ends_both(train: Trainer, flags: tup
     assert not (train.root / "nowhere").exists()
 
 
+@pytest.mark.slow
 def test_one_process_that_runs_out_of_pictures_ends_both(train: Trainer, flags: tuple[str, ...], tmp_path: Path):
     own = shutil.copytree(flags[flags.index("--train-data-dir") + 1], tmp_path / "pictures")
     uncached = (*flags, "--no-cache-latents-text-encoder-outputs", "--max-train-steps", "10000")

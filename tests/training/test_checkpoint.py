@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import pytest
 from orbax.checkpoint._src.multihost import multislice
-from tiny_step import OPTIM, QUICK, UNET, assert_equal, begin, optimizer, random_model, words
+from tiny_step import FROZEN, OPTIM, QUICK, UNET, assert_equal, begin, optimizer, random_model, words
 
 from sdxl_eqx.config import ParallelConfig
 from sdxl_eqx.models.unet import UNet
@@ -79,7 +79,7 @@ def test_a_state_without_an_average_comes_back(unet, checkpoints):
     checkpoints.save(1, state, dataclasses.replace(SAVED, ema=False))
     checkpoints.wait()
     restored = checkpoints.restore(1, shapes(state))
-    assert restored.ema is None and restored.best is restored.unet
+    assert restored.ema is None and restored.best is restored.trained
     assert_equal(restored, state)
 
 
@@ -87,7 +87,7 @@ def test_a_state_without_an_average_comes_back(unet, checkpoints):
 def test_what_8_devices_saved_fewer_restore(n, state, checkpoints, monkeypatch):
     monkeypatch.setattr(specs, "SMALL", 64)
     spread = laid_out(state, 8)
-    assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(spread.unet))
+    assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(spread.trained))
     checkpoints.save(6, spread, SAVED)
     checkpoints.wait()
     like = shapes(state, n)
@@ -161,11 +161,11 @@ def test_what_is_saved_is_the_state_of_its_step_although_later_steps_write_into_
 
 def test_the_step_after_a_restore_is_the_step_that_would_have_been(unet, latents, schedule, step, checkpoints):
     state = begin(unet)
-    state, _ = step(state, None, latents, schedule)
+    state, _ = step(state, FROZEN, latents, schedule)
     checkpoints.save(1, state, SAVED)
     checkpoints.wait()
     restored = checkpoints.restore(1, shapes(state))
-    assert_equal(step(restored, None, latents, schedule), step(state, None, latents, schedule))
+    assert_equal(step(restored, FROZEN, latents, schedule), step(state, FROZEN, latents, schedule))
 
 
 def test_a_full_disk_leaves_the_checkpoints_there_as_they_are(state, checkpoints, monkeypatch, tmp_path):
@@ -199,9 +199,19 @@ def test_a_checkpoint_of_another_format_is_refused(state, checkpoints, tmp_path)
     checkpoints.save(6, state, SAVED)
     checkpoints.wait()
     file = tmp_path / "run" / "checkpoints" / "6" / "meta" / "metadata"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "format": 2}))
-    with pytest.raises(ValueError, match=r"has checkpoint format 2, this version reads 1"):
+    file.write_text(json.dumps({**json.loads(file.read_text()), "format": 3}))
+    with pytest.raises(ValueError, match=r"has checkpoint format 3, this version reads 2"):
         checkpoints.saved(6)
+
+
+def test_a_run_of_an_earlier_version_is_not_gone_on_with_but_its_weights_are_read(state, checkpoints, tmp_path):
+    checkpoints.save(6, state, SAVED)
+    checkpoints.wait()
+    file = tmp_path / "run" / "checkpoints" / "6" / "meta" / "metadata"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "format": 1}))
+    with pytest.raises(ValueError, match=r"written by an earlier version.*--unet-checkpoint .*/run"):
+        checkpoints.restore(6, shapes(state))
+    assert_equal(load_unet(tmp_path / "run"), state.ema.unet)
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +219,9 @@ def run(unet, tmp_path_factory):
     """A run with two checkpoints, whose average is another one than its weights."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     checkpoints = Checkpoints(folder / "checkpoints", keep=2)
-    state = eqx.tree_at(lambda s: s.ema, begin(unet), random_model(lambda: UNet(UNET, key=jr.key(0)), 5))
+    state = eqx.tree_at(
+        lambda s: s.ema, begin(unet), Networks(random_model(lambda: UNet(UNET, key=jr.key(0)), 5), None)
+    )
     checkpoints.save(1, eqx.tree_at(lambda s: s.ema, state, state.trained), SAVED)
     checkpoints.save(2, state, SAVED)
     checkpoints.close()
@@ -218,7 +230,7 @@ def run(unet, tmp_path_factory):
 
 def test_load_unet_takes_the_newest_average_by_default(run):
     folder, state = run
-    assert_equal(load_unet(folder), state.ema)
+    assert_equal(load_unet(folder), state.ema.unet)
     assert_equal(load_unet(str(folder), ema=False), state.trained.unet)
     assert_equal(load_unet(folder, step=1), state.trained.unet)
 
