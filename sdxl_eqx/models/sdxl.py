@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from sdxl_eqx.models.clip import CLIPText
+from sdxl_eqx.models.controlnet import ControlNet
 from sdxl_eqx.models.unet import UNet
 from sdxl_eqx.models.vae import VAE
 from sdxl_eqx.nn.compute import Compute
@@ -52,6 +53,7 @@ class SDXL(eqx.Module):
 
     unet: UNet
     encoders: Encoders
+    controlnet: ControlNet | None = None
 
 
 def cast(model: Any, dtype: Any) -> Any:

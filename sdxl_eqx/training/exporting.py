@@ -14,16 +14,13 @@ from sdxl_eqx.parallel import hosts
 from sdxl_eqx.training.networks import Networks
 from sdxl_eqx.training.setup import Run
 from sdxl_eqx.training.targets import lora_shape
-from sdxl_eqx.weights.adapters import parts_of, to_lora
+from sdxl_eqx.weights.adapters import PEFT, parts_of, to_lora
 from sdxl_eqx.weights.destination import appearing
 from sdxl_eqx.weights.folder import write_folder
 from sdxl_eqx.weights.index import index_of
 from sdxl_eqx.weights.lora import LoRA, write_kohya, write_peft
 from sdxl_eqx.weights.model import Model
 from sdxl_eqx.weights.write import file_tensors, model_of
-
-PEFT = "pytorch_lora_weights.safetensors"
-"""The name under which diffusers looks for a LoRA in a folder."""
 
 
 def export(run: Run, step: int, trained: Networks) -> None:

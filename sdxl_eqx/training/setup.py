@@ -87,7 +87,8 @@ class Run:
     def model(self, trained: Networks) -> SDXL:
         """The model that draws, with what trains in some state."""
         networks = join(trained, self.frozen)
-        return SDXL(networks.unet, self.encoders if networks.encoders is None else networks.encoders)
+        encoders = self.encoders if networks.encoders is None else networks.encoders
+        return SDXL(networks.unet, encoders, networks.controlnet)
 
     def saved(self, next_batch: int) -> Saved:
         """What stands beside the arrays of a checkpoint."""

@@ -12,6 +12,9 @@ from sdxl_eqx.weights.lora import Layer, LoRA
 from sdxl_eqx.weights.names import Place, places
 from sdxl_eqx.weights.tensors import Tensor
 
+PEFT = "pytorch_lora_weights.safetensors"
+"""The name under which diffusers looks for a LoRA in a folder."""
+
 FIELDS = {"lora_down": "down", "lora_up": "up", "lora_magnitude": "magnitude"}
 """The name here of each of a layer's tensors."""
 
