@@ -84,7 +84,7 @@ def first_captions(source: Source, n: int) -> list[str]:
 
 
 def first_maps(source: Source, n: int, resolution: int) -> Float32[np.ndarray, "n H W 3"]:
-    """What a ControlNet sees of the middle crops of the first n samples, in [0, 1]; black of one that cannot be used."""
+    """What a ControlNet sees of the middle crops of the first n samples, in [0, 1]; black of one that is bad."""
     target, maps = (resolution, resolution), np.zeros((n, resolution, resolution, 3), np.float32)
     for i in range(n):
         try:

@@ -28,6 +28,15 @@ CASES = {
     "buckets": (*UNCACHED, *BUCKETS),
     "cached-latents": (),
     "cached-latents-and-new-captions": ("--caption-shuffle",),
+    "text-encoders": ("--train-text-encoder", "--text-encoder-learning-rate", "1e-4"),
+    "LoRA": ("--lora-rank", "2", "--lora-dropout", "0.3", "--use-dora", "--train-text-encoder", *EMA),
+    "ControlNet": (
+        "--train-controlnet",
+        "--conditioning-image-column",
+        "mask",
+        "--controlnet-conditioning-dropout",
+        "0.3",
+    ),
 }
 ALL = (*EMA, *ACCUMULATION, *BUCKETS)
 """At once, on cached latents: in the default tests there is no time for each."""

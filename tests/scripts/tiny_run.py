@@ -94,7 +94,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(file)
         if i == BROKEN:
             file.write_bytes(file.read_bytes()[:100])
-        lines.append(json.dumps({"file_name": file.name, "text": f"pattern number {i} of colors"}))
+        text = f"pattern number {i} of colors"
+        lines.append(json.dumps({"file_name": file.name, "text": text, "mask": file.name}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     return folder
 
