@@ -250,7 +250,7 @@ def _of_run(run: Path, config: ConvertConfig, unet: Model) -> Model:
     scheduler = ScheduleConfig.from_json({**model.configs.get("scheduler", {}), **changed}).to_json()
     return dataclasses.replace(
         model,
-        parts={**unet.parts, **{part: tensors for part, tensors in model.parts.items() if part != "unet"}},
+        parts={**unet.parts, **{part: x for part, x in model.parts.items() if part not in unet.parts}},
         configs={**model.configs, **unet.configs, "scheduler": scheduler},
         index=index_of(caption_dropout=flags["caption_dropout"]),
     )

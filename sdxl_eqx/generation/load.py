@@ -24,7 +24,7 @@ from sdxl_eqx.sampling.schedulers.scheduler import Scheduler
 from sdxl_eqx.weights.hub import find
 from sdxl_eqx.weights.lora import merge, read_lora
 from sdxl_eqx.weights.open import Source, open_model
-from sdxl_eqx.weights.run import CHECKPOINTS
+from sdxl_eqx.weights.run import CHECKPOINTS, find_checkpoint
 from sdxl_eqx.weights.tensors import open_file
 
 log = logging.getLogger("sdxl_eqx")
@@ -40,6 +40,7 @@ def read_parts(config: GenerateConfig) -> tuple[ModelParts, FewSteps | None]:
     model_config = config.model
     run = Path(model_config.pretrained_model_name_or_path)
     if (run / CHECKPOINTS).is_dir():
+        find_checkpoint(run).item(ema=True)  # a run that trained no UNet is refused here
         if not (run / "export").is_dir():
             raise ValueError(
                 f"--pretrained-model-name-or-path {run}: this run has no export/ yet; finish it, or name the model "

@@ -93,8 +93,11 @@ class Run:
     def saved(self, next_batch: int) -> Saved:
         """What stands beside the arrays of a checkpoint."""
         ema = self.config.optim.ema_decay > 0
+        texts = {"text_encoder": self.parts.text, "text_encoder_2": self.parts.text_2}
+        whole = self.config.trains == "unet" and self.config.text.train_text_encoder
+        beside = {part: config.to_json() for part, config in texts.items()} if whole else {}
         position = {"next_batch": next_batch, "batch_size": self.batch_size}
-        return Saved(self.parts.unet.to_json(), ema, flat(self.config), position, self.config.trains)
+        return Saved(self.parts.unet.to_json(), ema, flat(self.config), position, self.config.trains, beside)
 
 
 @dataclass(frozen=True)

@@ -63,8 +63,10 @@ def open_model(
         return read_native(path)
     if (path / CHECKPOINTS).is_dir():
         found = find_checkpoint(path, step=source.step)
-        tensors = item_tensors(found.item(ema=source.ema), "unet", found.saved.unet)
-        return Model({"unet": tensors}, {"unet": found.saved.unet, **_schedule(path, found.saved.config)})
+        configs = {"unet": found.saved.unet, **found.saved.beside}
+        folders = {"unet": found.item(ema=source.ema), **found.beside(ema=source.ema)}
+        tensors = {part: item_tensors(folder, part, configs[part]) for part, folder in folders.items()}
+        return Model(tensors, {**configs, **_schedule(path, found.saved.config)})
     return read_folder(path, variant=source.variant, flax=not source.from_pt, parts=(*parts, "controlnet"))
 
 

@@ -1,6 +1,6 @@
 """The checkpoints of a run: what stands beside their arrays, and the UNet in them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,8 @@ class Saved:
     """Position in the data: next_batch and batch_size."""
     trains: str = "unet"
     """unet, lora or controlnet."""
+    beside: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The configs of text encoders that trained beside the UNet, as transformers writes them."""
     format: int = FORMAT
     """Version of the layout."""
 
@@ -67,6 +69,11 @@ class Found:
                 "and has no UNet of its own; use what lies in the run's export/."
             )
         return self.folder / ("ema" if ema and self.saved.ema else "unet")
+
+    def beside(self, *, ema: bool) -> dict[str, Path]:
+        """The folders of the arrays of what trained beside the UNet, by part; averages as of `item`."""
+        start = "ema_" if ema and self.saved.ema else ""
+        return {part: self.folder / f"{start}{part}" for part in self.saved.beside}
 
 
 def find_checkpoint(run: str | Path, *, step: int | None = None) -> Found:
@@ -110,4 +117,12 @@ def read_meta(manager: ocp.CheckpointManager, step: int, folder: Path) -> Saved:
         raise ValueError(f"{folder / str(step)}: its meta is damaged; take the checkpoint before it.")
     # Until buckets came, there was a position for each process; a batch a step was read then too.
     data = meta["data"] if isinstance(meta["data"], dict) else {}
-    return Saved(meta["unet"], meta["ema"], meta["config"], data, meta.get("trains", "unet"), meta["format"])
+    return Saved(
+        meta["unet"],
+        meta["ema"],
+        meta["config"],
+        data,
+        meta.get("trains", "unet"),
+        meta.get("beside", {}),
+        meta["format"],
+    )
