@@ -292,7 +292,7 @@ def drawn(name: str) -> Any:
 
     def observe(config: TrainConfig) -> Any:
         run = stand_in(Run, config=config, batch_size=2, layout=Mock(shardings=lambda tree: tree))
-        run.mesh.size = 1
+        run.mesh.size, run.model.return_value.controlnet = 1, None
         found = seen(
             "sdxl_eqx.training.showing.generate",
             lambda: showing.draw_captions(run, stand_in(Networks), ["a fox"]),

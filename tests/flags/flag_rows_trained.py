@@ -124,4 +124,19 @@ DREAMBOOTH: Rows = {
     "num_class_images": Row(3, of_class("max_samples"), 100, 3, CLASS),
 }
 
-ROWS: Rows = {**LORA, **NETWORKS, **DREAMBOOTH}
+# Quantization
+
+
+def products(config: TrainConfig) -> tuple[str, int]:
+    """(how products are rounded, in how many parts a weight's gradient is)."""
+    of_step = program(config).step_config
+    return of_step.quantization, of_step.quantization_shards
+
+
+QUANTIZATION: Rows = {
+    "quantization": Row("fp8", products, ("", 1), ("fp8", 1)),
+    "use_qwix_quantization": Row(True, products, ("", 1), ("int8", 1)),
+    "quantization_local_shard_count": Row(4, products, ("int8", 1), ("int8", 4), {"quantization": "int8"}),
+}
+
+ROWS: Rows = {**LORA, **NETWORKS, **DREAMBOOTH, **QUANTIZATION}
