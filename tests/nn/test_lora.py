@@ -1,6 +1,7 @@
 """Low-rank changes of layers: what they compute is what merging them into the weights gives."""
 
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -58,8 +59,9 @@ def test_a_convolution_is_that_of_the_merged_weight(lora: LoraShape, kernel: int
     whole = np.asarray(base.weight) + lora.strength * np.asarray(layer.lora_down) @ up
     x = jr.normal(jr.key(2), (2, 6, 5, 4))
     merged = eqx.tree_at(lambda one: one.weight, base, jnp.asarray(scaled(layer, whole, (0, 1, 2))))
-    ours, wanted = (one(x, stride=stride, padding=padding) for one in (layer, merged))
-    np.testing.assert_allclose(ours, wanted, rtol=0, atol=1e-5)
+    assert isinstance(layer, LoraConv2d)
+    how: dict[str, Any] = {"stride": stride, "padding": padding}
+    np.testing.assert_allclose(layer(x, **how), merged(x, **how), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dora", [False, True])
