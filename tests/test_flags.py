@@ -101,6 +101,7 @@ def example(key: str) -> Any:
         "lr_step_rules": "1:10,0.1",
         "eval_split": "0.25",
         "hardware": "cpu",  # a file's tpu is mapped
+        "lora_targets": ("to_q", "proj_in"),
     }
     if key in named:
         return named[key]

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from sdxl_eqx.data.sources.files import is_local
 from sdxl_eqx.training.trackers import Wandb
 
 log = logging.getLogger("sdxl_eqx")
+
+WAIT = 5.0
+"""Seconds that TensorBoard's thread may take to write what it was given."""
 
 
 def cut_after(file: Path, step: int, run_name: str, *, finished: bool = False) -> None:
@@ -103,9 +107,19 @@ class MetricsWriter:
     def flush(self) -> None:
         """Have all that was written in the files."""
         if self.board is not None:
-            self._try(self.board.flush)
+            self._try(self._flush_board)
         if self.upload is not None:
             self.upload()
+
+    def _flush_board(self) -> None:
+        """Have what TensorBoard's writer was given in its file: its own flush does not wait for its thread."""
+        assert self.board is not None
+        waiting: Any = self.board.file_writer.event_writer._event_queue  # pyright: ignore
+        end = time.monotonic() + WAIT
+        while not waiting.empty() and time.monotonic() < end:
+            time.sleep(0.005)
+        time.sleep(0.02)  # for the one that the thread has taken and not written yet
+        self.board.flush()
 
     def text(self, name: str, value: str) -> None:
         """A text on TensorBoard."""

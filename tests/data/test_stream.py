@@ -97,7 +97,7 @@ def alone(data: Data) -> list[Batch]:
 
 def fields(batch: Batch) -> dict[str, np.ndarray]:
     """Its arrays by their names."""
-    return {name: np.asarray(array) for name, array in vars(batch).items()}
+    return {name: np.asarray(array) for name, array in vars(batch).items() if array is not None}
 
 
 def assert_same(batches: Sequence[Batch], others: Sequence[Batch]) -> None:

@@ -84,6 +84,7 @@ def assert_same(run: Path, other: Path) -> None:
     assert learning(run) == learning(other)
 
 
+@pytest.mark.slow
 def test_a_killed_run_with_an_average_accumulation_buckets_and_cached_latents_ends_as_one_never_stopped(
     train: Trainer, flags: tuple[str, ...]
 ):

@@ -183,6 +183,7 @@ def test_a_run_without_a_name_killed_and_interrupted_goes_on_by_its_printed_comm
     assert_equal(ended.folder, whole.folder)
 
 
+@pytest.mark.slow
 def test_an_uncached_run_killed_at_random_steps_goes_on_as_if_never_stopped(train: Trainer, whole_uncached: Ended):
     config = str(whole_uncached.folder / "config.yaml")
     arguments = ("--config", config, "--run-name", "killed")

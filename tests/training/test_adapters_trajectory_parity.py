@@ -129,7 +129,9 @@ def tensors_of(trained: Networks, config: LoraTrainingConfig) -> dict[str, np.nd
     return found
 
 
-@pytest.mark.parametrize("case", LORAS)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[] if case == "plain" else [pytest.mark.slow]) for case in LORAS]
+)
 def test_a_lora_trains_as_pefts(case: str):
     peft = pytest.importorskip("peft")
     lora, arrays = LORAS[case].config, inputs()
@@ -161,6 +163,7 @@ def test_a_lora_trains_as_pefts(case: str):
     assert tiny.cosine(start, tensors_of(state.trained, lora), now) >= 0.999
 
 
+@pytest.mark.slow
 def test_text_encoders_train_beside_the_unet_as_those_of_transformers():
     arrays, (ids, ids_2) = inputs(), tiny.prompt_ids()
     config = TrainConfig(text=TextEncoderConfig(train_text_encoder=True))
@@ -206,6 +209,7 @@ def is_idle(name: str, key: str) -> bool:
     return name == "text_encoder" and (f"layers.{tiny.TEXT.num_hidden_layers - 1}." in key or "final_layer" in key)
 
 
+@pytest.mark.slow
 def test_a_controlnet_trains_as_diffusers():
     arrays = inputs()
     config = TrainConfig(controlnet=ControlNetTrainingConfig(train_controlnet=True))

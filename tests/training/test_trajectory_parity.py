@@ -79,7 +79,7 @@ def their_step(unet: Any, optimizer: Any, ddpm: Any, inputs: Any, draws: Draws, 
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=[pytest.mark.slow] if "SNR 5" in case else []) for case in CASES]
+    "case", [pytest.param(case, marks=[] if case == "plain" else [pytest.mark.slow]) for case in CASES]
 )
 def test_a_hundred_steps_are_those_of_pytorch(case: str):
     loss_config, schedule_config = CASES[case]
