@@ -25,12 +25,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import flax
 import jax
 import numpy as np
 from diffusers import FlaxAutoencoderKL, FlaxUNet2DConditionModel
 from diffusers.models import attention_flax
-from flax import linen, serialization
+from flax import linen, serialization, traverse_util
+from flax.core import unfreeze
 from transformers import CLIPTextConfig, FlaxCLIPTextModel, FlaxCLIPTextModelWithProjection
 
 TESTS = Path(__file__).resolve().parent.parent
@@ -62,7 +62,7 @@ def shapes_of(part: str, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     model = model_of(part, config)
     text = part.startswith("text_encoder")
     tree = model.params_shape_tree if text else jax.eval_shape(model.init_weights, jax.random.key(0))
-    leaves = flax.traverse_util.flatten_dict(flax.core.unfreeze(tree), sep="/")
+    leaves = traverse_util.flatten_dict(unfreeze(tree), sep="/")
     return {path: tuple(leaf.shape) for path, leaf in leaves.items()}
 
 

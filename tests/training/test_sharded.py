@@ -45,7 +45,7 @@ def test_losses_and_states_of_5_steps_on_data_2_by_fsdp_4_are_those_of_one_devic
     monkeypatch.setattr(specs, "SMALL", 64)
     layout = Layout(make_mesh(ParallelConfig(ici_data_parallelism=2, ici_fsdp_parallelism=4), jax.devices()))
     where = layout.shardings(jax.eval_shape(lambda: begin(unet)))
-    assert any(s.spec != P() for s in jax.tree.leaves(where.unet))
+    assert any(s.spec != P() for s in jax.tree.leaves(where.trained))
     spread = batch_sharding(layout.mesh, AXES, 8)
     sharded = jax.jit(
         function(on(layout)),
