@@ -40,12 +40,12 @@ def read_parts(config: GenerateConfig) -> tuple[ModelParts, FewSteps | None]:
     model_config = config.model
     run = Path(model_config.pretrained_model_name_or_path)
     if (run / CHECKPOINTS).is_dir():
-        find_checkpoint(run).item(ema=True)  # a run that trained no UNet is refused here
         if not (run / "export").is_dir():
             raise ValueError(
                 f"--pretrained-model-name-or-path {run}: this run has no export/ yet; finish it, or name the model "
                 f"that it was begun from and --unet-checkpoint {run}."
             )
+        find_checkpoint(run).item(ema=True)  # a run that trained no UNet is refused here
         changes: dict[str, Any] = {"pretrained_model_name_or_path": str(run / "export")}
         if not model_config.unet_checkpoint:
             changes["unet_checkpoint"] = str(run)
