@@ -31,10 +31,9 @@ from sdxl_eqx.config.shared import (
     PromptConfig,
 )
 from sdxl_eqx.config.train import TINY, TrainConfig, step_rules
-from sdxl_eqx.config.trained import LORA_GROUPS, LoraTrainingConfig, TextEncoderConfig
+from sdxl_eqx.config.trained import LoraTrainingConfig, TextEncoderConfig
 
 __all__ = [
-    "LORA_GROUPS",
     "TINY",
     "AttentionConfig",
     "AttentionKernelConfig",

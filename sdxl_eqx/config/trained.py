@@ -4,10 +4,6 @@ from dataclasses import dataclass
 
 from sdxl_eqx.config.shared import Texts
 
-ATTENTION, FEED_FORWARD, PROJECTION, CONVOLUTION = "attention", "feed_forward", "projection", "convolution"
-LORA_GROUPS = (ATTENTION, FEED_FORWARD, PROJECTION, CONVOLUTION)
-"""Words of lora_targets that stand for layers of a kind."""
-
 
 @dataclass(frozen=True)
 class LoraTrainingConfig:
@@ -17,7 +13,7 @@ class LoraTrainingConfig:
     """Rank of the changes; 0 trains the whole UNet."""
     lora_alpha: float = 0.0
     """The changes count alpha / rank times; 0 is the rank, so once."""
-    lora_targets: Texts = (ATTENTION, FEED_FORWARD)
+    lora_targets: Texts = ("attention", "feed_forward")
     """The layers that are changed: attention, feed_forward, projection (in and out of a transformer stage), convolution
     (of residual blocks and resizing), or ends and patterns of their names, as to_q or unet.mid_block.*.proj_in."""
     lora_init: str = ""

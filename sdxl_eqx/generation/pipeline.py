@@ -18,7 +18,7 @@ from sdxl_eqx.generation.memory import drawing_remedies, fitting, loading_remedi
 from sdxl_eqx.loading import ModelParts
 from sdxl_eqx.models.controlnet import ControlNet
 from sdxl_eqx.parallel.computing import attention_compute, encoding_compute
-from sdxl_eqx.parallel.devices import choose_hardware
+from sdxl_eqx.parallel.devices import check_dtype, choose_hardware
 from sdxl_eqx.parallel.mesh import make_mesh
 from sdxl_eqx.parallel.specs import Layout
 from sdxl_eqx.sampling import control_image
@@ -97,10 +97,7 @@ class Pipeline:
     @classmethod
     def _of(cls, config: GenerateConfig) -> "Pipeline":
         devices = choose_hardware(config.machine.hardware)
-        if devices[0].platform == "cpu" and config.model.activations_dtype == "float16":
-            raise ValueError(
-                "--activations-dtype float16: XLA has no such matrix products on CPU; use float32 or bfloat16."
-            )
+        check_dtype(devices, config.model.activations_dtype)
         parts, few = read_parts(config)
         if few is not None:
             config = as_asked(config, few)

@@ -61,3 +61,15 @@ def on_tpu_vm() -> bool:
     """Whether this machine says that it has TPUs, without asking JAX."""
     named = any(os.environ.get(name) for name in ("TPU_NAME", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES"))
     return named or Path("/dev/accel0").exists() or Path("/dev/vfio/0").exists()
+
+
+def check_dtype(devices: Sequence[Any], dtype: str) -> None:
+    """Check that devices compute in a dtype.
+
+    Raises:
+        ValueError: where they do not.
+    """
+    if devices[0].platform == "cpu" and dtype == "float16":
+        raise ValueError(
+            "--activations-dtype float16: XLA has no such matrix products on CPU; use float32 or bfloat16."
+        )

@@ -2,25 +2,22 @@
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 from jaxtyping import Array
 
 from sdxl_eqx.config import TrainConfig
 from sdxl_eqx.data.tokenizer import LENGTH
 from sdxl_eqx.loading import ModelShapes
 from sdxl_eqx.models.sdxl import cast
-from sdxl_eqx.models.unet import UNet, UNetConfig
+from sdxl_eqx.models.unet import UNetConfig
 from sdxl_eqx.nn.compute import Compute
 from sdxl_eqx.nn.remat import Remat
 from sdxl_eqx.parallel.specs import Layout
 from sdxl_eqx.training.flops import unet_inputs
-from sdxl_eqx.training.networks import Networks, join, new_controlnet, split, with_changes
+from sdxl_eqx.training.networks import Networks, denoiser_shapes, join, split
 
 T = TypeVar("T")
 
@@ -71,7 +68,7 @@ def step_bytes(
     That is what is stored of weights, moments and average; weights and gradients in the dtype of the computation; and
     what the backward pass needs of the forward pass. Of text encoders that train, this counts the weights alone.
     """
-    trained, frozen = split(_networks(config, unet), config)
+    trained, frozen = split(denoiser_shapes(unet, config), config)
     dtype, optim = jnp.dtype(config.model.activations_dtype), config.optim
     moving = 2 * jnp.dtype(optim.moments_dtype).itemsize + (4 if optim.ema_decay > 0 else 0)
     training, resting = _elements(trained, layout), _elements(frozen, layout)
@@ -83,17 +80,6 @@ def step_bytes(
     copies = resting if jnp.dtype(config.model.weights_dtype) != dtype else 0
     computing = (2 * training + copies) * dtype.itemsize + MARGIN * activations * batch
     return stored + encoders.weights + max(computing, encoders.each * batch)
-
-
-def _networks(config: TrainConfig, unet: UNetConfig) -> Networks:
-    """The shapes of what denoises, as they are stored."""
-    dtype, key = jnp.dtype(config.model.weights_dtype), jr.key(0)
-
-    def make() -> Networks:
-        made = cast(UNet(unet, key=key), dtype)
-        return Networks(made, None, new_controlnet(made, key=key) if config.trains == "controlnet" else None)
-
-    return eqx.filter_eval_shape(partial(with_changes, config=config, key=key), eqx.filter_eval_shape(make))
 
 
 def _bytes(shapes: Any, layout: Layout) -> int:

@@ -13,7 +13,7 @@ from sdxl_eqx.config import TrainConfig
 from sdxl_eqx.loading import ModelShapes
 from sdxl_eqx.models.controlnet import ControlNet
 from sdxl_eqx.models.sdxl import Encoders, cast
-from sdxl_eqx.models.unet import UNet
+from sdxl_eqx.models.unet import UNet, UNetConfig
 from sdxl_eqx.nn.lora import FIELDS, add_lora
 from sdxl_eqx.training.targets import is_target, lora_shape
 
@@ -63,15 +63,20 @@ def replace_encoders(networks: Networks, encoders: Encoders | None) -> Networks:
 
 def network_shapes(shapes: ModelShapes, config: TrainConfig) -> Networks:
     """The shapes of all that a step computes with, in the dtypes that they are stored in."""
+    encoders = None if config.is_text_cached else shapes.encoder_shapes()
+    return denoiser_shapes(shapes.unet, config, encoders)
+
+
+def denoiser_shapes(config_of_unet: UNetConfig, config: TrainConfig, encoders: Encoders | None = None) -> Networks:
+    """The shapes of what denoises, beside the encoders that are given."""
     dtype, key = jnp.dtype(config.model.weights_dtype), jr.key(0)
 
     def make() -> Networks:
-        unet = cast(UNet(shapes.unet, key=key), dtype)
+        unet = cast(UNet(config_of_unet, key=key), dtype)
         controlnet = new_controlnet(unet, key=key) if config.trains == "controlnet" else None
         return Networks(unet, None, controlnet)
 
-    made = eqx.filter_eval_shape(make)
-    networks = Networks(made.unet, None if config.is_text_cached else shapes.encoder_shapes(), made.controlnet)
+    networks = replace_encoders(eqx.filter_eval_shape(make), encoders)
     return eqx.filter_eval_shape(partial(with_changes, config=config, key=key), networks)
 
 

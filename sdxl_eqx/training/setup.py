@@ -20,7 +20,7 @@ from sdxl_eqx.loading import ModelParts
 from sdxl_eqx.models.sdxl import SDXL, Encoders
 from sdxl_eqx.parallel import hosts
 from sdxl_eqx.parallel.begin import configure_jax
-from sdxl_eqx.parallel.devices import choose_hardware, memory
+from sdxl_eqx.parallel.devices import check_dtype, choose_hardware, memory
 from sdxl_eqx.parallel.mesh import describe
 from sdxl_eqx.parallel.specs import ACTIVATIONS, WEIGHTS, Layout
 from sdxl_eqx.training.beginning import Beginning
@@ -152,10 +152,7 @@ class _Plan:
     def make(cls, config: TrainConfig) -> "_Plan":
         """Read and check the input. No process waits for another one here."""
         devices = choose_hardware(config.run.hardware)
-        if devices[0].platform == "cpu" and config.model.activations_dtype == "float16":
-            raise ValueError(
-                "--activations-dtype float16: XLA has no such matrix products on CPU; use float32 or bfloat16."
-            )
+        check_dtype(devices, config.model.activations_dtype)
         for name, axes in config.parallel.logical_axis_rules:
             if name not in WEIGHTS + ACTIVATIONS and (name, axes) not in ParallelConfig.logical_axis_rules:
                 log.info("logical_axis_rules %s: %s has no effect here: no dimension is named so", name, list(axes))

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sdxl_eqx.nn.lora import LoraShape
+from sdxl_eqx.nn.lora import FIELDS, LoraShape
 from sdxl_eqx.weights.lora import Layer, LoRA
 from sdxl_eqx.weights.names import Place, places
 from sdxl_eqx.weights.tensors import Tensor
@@ -15,8 +15,8 @@ from sdxl_eqx.weights.tensors import Tensor
 PEFT = "pytorch_lora_weights.safetensors"
 """The name under which diffusers looks for a LoRA in a folder."""
 
-FIELDS = {"lora_down": "down", "lora_up": "up", "lora_magnitude": "magnitude"}
-"""The name here of each of a layer's tensors."""
+ROLES = {field: field.removeprefix("lora_") for field in FIELDS}
+"""The name of each array of a change in `Layer`."""
 
 
 def parts_of(unet: Any, encoders: Any) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def to_lora(parts: Mapping[str, Any], shape: LoraShape, metadata: Mapping[str, s
             for key, tensor in place.to_file(host).items():
                 module, _, field = key.rpartition(".")
                 if field in FIELDS:
-                    found.setdefault(f"{part}.{module}", {})[FIELDS[field]] = Tensor.of(tensor)
+                    found.setdefault(f"{part}.{module}", {})[ROLES[field]] = Tensor.of(tensor)
     alpha = shape.strength * shape.rank
     layers = {name: Layer(x["down"], x["up"], alpha, x.get("magnitude")) for name, x in found.items()}
     return LoRA(layers, dict(metadata))
@@ -68,7 +68,7 @@ def _fill(part: str, model: Any, lora: LoRA, shape: LoraShape, file: Path, used:
         tensors = {key: place.one_to_file(x) for key, x in tensors.items()}
         for key, layer, field in _layers_of(place, part, lora):
             _check(layer, key, shape, file)
-            tensor = getattr(layer, FIELDS[field])
+            tensor = getattr(layer, ROLES[field])
             if tensor is None or (field != "lora_magnitude" and tensor.shape != tensors[key].shape):
                 raise ValueError(
                     f"--lora-init {file}: {key} is "

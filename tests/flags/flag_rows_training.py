@@ -1,5 +1,6 @@
 """Rows of the model, of attention, optimizer, loss and schedule."""
 
+from functools import partial
 from typing import Any
 from unittest.mock import Mock
 
@@ -31,7 +32,7 @@ from sdxl_eqx.training.optimizer import learning_rate, make_optimizer
 
 def opened(config: TrainConfig) -> Any:
     """The model that is asked for, and which of its parts."""
-    read = lambda: ModelParts.read(config.model, config.diffusion_scheduler_config, token="")  # noqa: E731
+    read = partial(ModelParts.read, config.model, config.diffusion_scheduler_config, token="")
     return seen("sdxl_eqx.loading.open_model", read)
 
 
@@ -42,7 +43,7 @@ def source(field: str) -> Any:
 
 def other_unet(config: TrainConfig) -> str:
     """The UNet that is put in, or ''."""
-    read = lambda: ModelParts.read(config.model, config.diffusion_scheduler_config, token="")  # noqa: E731
+    read = partial(ModelParts.read, config.model, config.diffusion_scheduler_config, token="")
     whole = Mock(configs={"vae": {}})
     found = caught(
         "sdxl_eqx.loading._with_unet", read, loading__open_model=lambda *_, **__: whole,
@@ -99,7 +100,10 @@ MODEL: Rows = {
 
 def compute(config: TrainConfig, devices: int = 1) -> Any:
     """How the UNet is computed, as if its heads were as wide as SDXL's."""
-    wide = lambda *args, **named: kernels.choose(*args, **{**named, "head_width": 64})  # noqa: E731
+
+    def wide(*args: Any, **named: Any) -> Any:
+        return kernels.choose(*args, **{**named, "head_width": 64})
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sdxl_eqx.parallel.computing.choose", wide)
         return program(config, devices).compute

@@ -378,8 +378,8 @@ def test_training_in_8_bits_ends_no_higher_than_training_in_bfloat16_does():
     for how in get_args(Quantization)[1:]:
         found = trained_loss(how)
         print(f"{how or 'bfloat16'}: {found:.4f}, bfloat16: {wanted:.4f} ({found / wanted - 1:+.2%})")
-        # Only what ends higher is refused: fp8 ended 2.2% lower when this was measured.
-        assert found < 1.02 * wanted
+        # Of fp8 only what ends higher is refused: it ended 2.2% lower when this was measured.
+        assert found < 1.02 * wanted and (how == "fp8" or found > 0.98 * wanted)
 
 
 def test_other_products_and_batches_that_do_not_divide_are_refused():
