@@ -1,5 +1,6 @@
 """A model from whatever people have: what it says it is, and its weights on the devices."""
 
+import dataclasses
 import hashlib
 import logging
 import os
@@ -113,6 +114,9 @@ class ModelParts(ModelShapes):
         if config.unet_checkpoint:
             other = Source(located(config.unet_checkpoint), UNET_FLAG, token=token, from_pt=config.from_pt)
             model = _with_unet(model, other)
+        if isinstance(config, ModelConfig) and config.train_new_unet and config.norm_num_groups > 0:
+            unet = {**model.configs["unet"], "norm_num_groups": config.norm_num_groups}
+            model = dataclasses.replace(model, configs={**model.configs, "unet": unet})
         changed = scheduler.changed()
         configs = _Configs(source.name, model)
         parts = cls(

@@ -13,7 +13,19 @@ install_import_hook("sdxl_eqx", "beartype.beartype")
 
 import hypothesis
 import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("tests")
+
+LONG = (
+    "scripts/test_two_processes.py", "scripts/test_train.py", "training/test_sharded.py", "training/test_ahead.py",
+    "scripts/test_wrong_input.py", "models/test_controlnet.py", "training/test_checkpoint.py", "training/test_step.py",
+)  # fmt: skip
+"""Files whose tests take minutes together. They come first: at the end, one process would wait for the other's."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of the long files first."""
+    items.sort(key=lambda item: not item.path.as_posix().endswith(LONG))

@@ -63,6 +63,7 @@ BAD: dict[str, list[Any]] = {
     ],
     "lora_rank": [-1],
     "lora_alpha": [-0.1, math.inf, math.nan],
+    "int8_base": [True],
     "lora_targets": [()],
     "lora_dropout": [-0.1, 1.0, math.nan],
     "train_text_encoder": [True],  # beside BESIDE's ControlNet
@@ -112,6 +113,7 @@ BAD: dict[str, list[Any]] = {
     "data_sharding": [(), ("rows",), ("data", "fsdp", "data")],
     "checkpoint_every": [0, -2],
     "checkpoints_to_keep": [0],
+    "norm_num_groups": [0, -2],
     "log_period": [0],
     "skip_first_n_steps_for_profiler": [-1],
     "profiler_steps": [0],
@@ -131,6 +133,7 @@ BAD: dict[str, list[Any]] = {
 BESIDE: dict[str, dict[str, Any]] = {
     "lr_step_rules": {"lr_schedule": "piecewise"},
     **{key: {"lora_rank": 4} for key in ("lora_alpha", "lora_targets", "lora_dropout")},
+    "int8_base": {"lora_rank": 4, "quantization": "int8"},
     "train_text_encoder": {"train_controlnet": True},
     "train_controlnet": {"dataset_type": "tfrecord"},
     "class_data_dir": {"dataset_type": "tfrecord", "class_prompt": "a dog"},

@@ -559,7 +559,7 @@ OFF = {
     "quantization_local_shard_count": ({"quantization": "int8_weights"}, "--quantization"),
     **{
         key: ({}, "--lora-rank")
-        for key in ("lora_alpha", "lora_targets", "lora_init", "lora_dropout", "use_rslora", "use_dora")
+        for key in ("lora_alpha", "lora_targets", "lora_init", "lora_dropout", "use_rslora", "use_dora", "int8_base")
     },
     "text_encoder_learning_rate": ({}, "--train-text-encoder"),
     "unet_checkpoint": ({"train_new_unet": True}, "--train-new-unet"),
@@ -611,6 +611,7 @@ OFF = {
     "keep_tokens": ({}, "--caption-shuffle"),
     "metrics_file": ({"write_metrics": False}, "--write-metrics"),
     "tracker": ({"write_metrics": False}, "--write-metrics"),
+    "norm_num_groups": ({}, "--train-new-unet"),
     "gcs_metrics": ({}, "--base-output-directory"),
     "save_config_to_gcs": ({}, "--base-output-directory"),
     "guidance_scale": ({"do_classifier_free_guidance": False}, "--do-classifier-free-guidance"),
@@ -629,7 +630,7 @@ ON = {
     "quantization_local_shard_count": ["--use-qwix-quantization"],
     **{
         key: ["--lora-rank", "4"]
-        for key in ("lora_alpha", "lora_targets", "lora_init", "lora_dropout", "use_rslora", "use_dora")
+        for key in ("lora_alpha", "lora_targets", "lora_init", "lora_dropout", "use_rslora", "use_dora", "int8_base")
     },
     "text_encoder_learning_rate": ["--train-text-encoder"],
     "learning_rate_schedule_steps": ["--lr-schedule", "cosine"],
@@ -643,6 +644,7 @@ ON = {
     "timestep_bias.portion": ["--timestep-bias.strategy", "earlier"],
     "eval_every": ["--eval-split", "0.1"],
     "timing_metrics_file": ["--write-timing-metrics"],
+    "norm_num_groups": ["--train-new-unet"],
     "gcs_metrics": ["--base-output-directory", "gs://bucket/runs"],
     "save_config_to_gcs": ["--base-output-directory", "gs://bucket/runs"],
     "skip_first_n_steps_for_profiler": ["--enable-profiler"],

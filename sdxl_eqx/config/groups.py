@@ -44,6 +44,8 @@ class ModelConfig(ModelSourceConfig):
     """Dtype of the stored parameters; the moving average is float32, the optimizer's moments are of moments_dtype."""
     train_new_unet: bool = False
     """Start from a random UNet instead of the model's."""
+    norm_num_groups: int = -1
+    """Groups of a random UNet's GroupNorms; -1 is what the model's unet/config.json says (SDXL: 32)."""
     new_text_encoders: bool = False
     """Random, frozen text encoders made from the seed, where the model folder has none (the tiny configuration)."""
 
@@ -311,12 +313,12 @@ class MetricsConfig:
     log_period: int = 100
     """Steps between flushes of TensorBoard, and between lines where there is no terminal for a progress bar."""
     tracker: Literal["tensorboard", "wandb"] = "tensorboard"
-    """wandb reports to Weights & Biases besides, where it is installed."""
+    """wandb reports to Weights & Biases besides (the extra wandb installs it)."""
     gcs_metrics: bool = False
-    """Write metrics.jsonl to base_output_directory on gs:// while training; it is so in any case where the run's folder
-    lies there."""
+    """Where the run's folder is on gs://, write a file metrics/metrics_step_000001_to_step_000100.txt of each
+    log_period besides, as MaxDiffusion does."""
     save_config_to_gcs: bool = False
-    """Write config.yaml to base_output_directory on gs://, as gcs_metrics."""
+    """Where the run's folder is on gs://, write the resolved config as config.yml too, MaxDiffusion's name of it."""
     write_timing_metrics: bool = False
     """Write how long loading, compiling and the first step took."""
     timing_metrics_file: str = ""

@@ -22,6 +22,9 @@ class LoraTrainingConfig:
     """Share of a layer's inputs that its change does not see while it trains."""
     use_rslora: bool = False
     """The changes count alpha / sqrt(rank) times: higher ranks learn as fast."""
+    int8_base: bool = False
+    """Keep the frozen weights of the UNet's transformer stages in 8 bits, with a scale for each output: half the memory
+    of bfloat16. They are multiplied in activations_dtype."""
     use_dora: bool = False
     """DoRA: the size of each output's weights trains apart from their direction."""
 

@@ -1,7 +1,7 @@
 """An endless, seeded, resumable stream of batches (grain)."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +50,8 @@ def make_stream(
 
     What is drawn for a visit follows from the seed, the sample and the epoch alone, not from threads, processes or
     where the stream was interrupted. A sample that cannot be used is counted when its batch is given, and another one
-    of its bucket, drawn likewise, takes its place. The n-th batch is a function of n: `position(n)` goes there.
+    of its bucket, drawn likewise, takes its place; where the whole bucket cannot be used, the next batch of another one
+    is given. The n-th batch is a function of n: `position(n)` goes there.
 
     Raises (while iterating):
         ValueError: too many samples are bad, as `BadItems` says.
@@ -59,25 +60,35 @@ def make_stream(
     size = len(rows)
     batch = functools.lru_cache(maxsize=4 + 2 * num_threads)(order.batch)
 
-    def item(i: int) -> _Item:
-        row = rows[i % size]
-        ordered = batch(i // size)
-        sample, epoch = int(ordered.samples[row]), int(ordered.epochs[row])
-        rng = np.random.default_rng([seed, sample, epoch])
-        failures = []
-        try:
-            return _Item(read(sample, rng), ())
-        except BadSample as error:
-            failures.append(error)
-        members = order.members(ordered.bucket)
-        start = int(rng.integers(len(members)))
-        for j in range(len(members)):
-            if len({failure.name for failure in failures}) > bad.limit:
-                break
+    def first_good(samples: Iterable[int], rng: np.random.Generator, failures: list[BadSample]) -> Arrays | None:
+        for sample in samples:
             try:
-                return _Item(read(int(members[(start + j) % len(members)]), rng), tuple(failures))
+                return read(sample, rng)
             except BadSample as error:
                 failures.append(error)
+            if len({failure.name for failure in failures}) > bad.limit:
+                break
+        return None
+
+    def item(i: int) -> _Item:
+        row, number = rows[i % size], i // size
+        failures: list[BadSample] = []
+        tried: set[int] = set()
+        while len(tried) < order.buckets and len({failure.name for failure in failures}) <= bad.limit:
+            ordered = batch(number)
+            number += 1
+            if ordered.bucket in tried:
+                continue
+            tried.add(ordered.bucket)
+            sample, epoch = int(ordered.samples[row]), int(ordered.epochs[row])
+            rng = np.random.default_rng([seed, sample, epoch])
+            arrays = first_good([sample], rng, failures)
+            if arrays is None:
+                members = order.members(ordered.bucket)
+                others = np.roll(members, -int(rng.integers(len(members))))
+                arrays = first_good(map(int, others), rng, failures)
+            if arrays is not None:
+                return _Item(arrays, tuple(failures))
         return _Item(None, tuple(failures))
 
     def stack(items: Sequence[_Item]) -> _Item:
@@ -91,7 +102,7 @@ def make_stream(
         # In the consumer's thread, so that what is counted does not depend on prefetching.
         for failure in item.bad:
             bad.add(failure)
-        if item.arrays is None:  # all of a small bucket, though not of the data set
+        if item.arrays is None:  # of one process's rows, though not of all
             raise bad.error()
         return item.arrays
 

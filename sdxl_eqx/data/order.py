@@ -61,6 +61,11 @@ class Order:
         # Of each bucket the epoch it is in, the next one where a batch meets both, and the mix of batches.
         self._sorted = functools.lru_cache(maxsize=4 + len(self._members))(_sorted)
 
+    @property
+    def buckets(self) -> int:
+        """How many buckets there are."""
+        return len(self._members)
+
     def members(self, bucket: int) -> Int[np.ndarray, " k"]:
         """The samples of a bucket."""
         return self._members[bucket]

@@ -58,9 +58,6 @@ PUBLISHED: Mapping[str, Published] = {
         to="transform_images_num_proc", tokenize_captions_num_proc=(int, 4),
     ),
     **_flat(
-        "mapped", "norm_num_groups of unet/config.json in the model's folder, which says it", norm_num_groups=(int, 32)
-    ),
-    **_flat(
         "ignored", "services of Google Cloud, to which nothing here reports",
         enable_mllog=(bool, False), enable_ml_diagnostics=(bool, False), profiler_gcs_path=(str, ""),
         enable_ondemand_xprof=(bool, False),
@@ -73,6 +70,7 @@ PUBLISHED: Mapping[str, Published] = {
 VALUES: Mapping[tuple[str, str], Value] = {
     ("hardware", "tpu"): Value("auto", "takes a TPU where there is one", as_flag=False),
     ("hardware", "gpu"): Value("auto", "takes a GPU where there is one", as_flag=False),
+    ("norm_num_groups", "32"): Value("-1", "takes what the model's unet/config.json says", as_flag=False),
     ("revision", "refs/pr/95"): Value("main", "has safetensors; refs/pr/95 is the branch of SDXL base for Flax"),
     ("dataset_type", "tf"): Value("auto", "takes a data set of the Hub, or what lies in train_data_dir"),
     ("dataset_type", "grain"): Value("arrayrecord", "is what MaxDiffusion reads with grain"),

@@ -52,7 +52,7 @@ SWITCHES = (
     Switch(("output_dir",), lambda c: not c.run.base_output_directory, "leave --base-output-directory empty"),
     Switch(("compile_topology_num_slices",), lambda c: bool(c.parallel.compile_topology), "name a --compile-topology"),
     Switch(
-        ("lora_alpha", "lora_targets", "lora_init", "lora_dropout", "use_rslora", "use_dora"),
+        ("lora_alpha", "lora_targets", "lora_init", "lora_dropout", "use_rslora", "use_dora", "int8_base"),
         lambda c: c.lora.lora_rank > 0,
         "set --lora-rank",
     ),
@@ -63,6 +63,7 @@ SWITCHES = (
         "choose --quantization int8 or fp8",
     ),
     Switch(("unet_checkpoint",), lambda c: not c.model.train_new_unet, "leave --train-new-unet out"),
+    Switch(("norm_num_groups",), lambda c: c.model.train_new_unet, "add --train-new-unet"),
     Switch(
         ("learning_rate_schedule_steps",),
         lambda c: c.optim.lr_schedule != "constant" or c.optim.warmup_steps_fraction > 0,
@@ -156,7 +157,7 @@ SWITCHES = (
     Switch(
         ("gcs_metrics", "save_config_to_gcs"),
         lambda c: c.run.root.startswith("gs://"),
-        "set --base-output-directory to a folder on gs://, where metrics and config then lie in any case",
+        "set --base-output-directory to a folder on gs://",
     ),
     Switch(
         ("guidance_scale", "guidance_rescale", "negative_prompt"),

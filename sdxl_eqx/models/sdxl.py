@@ -12,6 +12,7 @@ from sdxl_eqx.models.controlnet import ControlNet
 from sdxl_eqx.models.unet import UNet
 from sdxl_eqx.models.vae import VAE
 from sdxl_eqx.nn.compute import Compute
+from sdxl_eqx.nn.linear import Int8Weight
 
 
 class Conditioning(eqx.Module):
@@ -57,5 +58,9 @@ class SDXL(eqx.Module):
 
 
 def cast(model: Any, dtype: Any) -> Any:
-    """`model` with every floating array in `dtype`."""
-    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, model)
+    """`model` with every floating array in `dtype`, but for the scales of 8-bit weights."""
+
+    def one(x: Any) -> Any:
+        return x if isinstance(x, Int8Weight) or not jnp.issubdtype(x.dtype, jnp.floating) else x.astype(dtype)
+
+    return jax.tree.map(one, model, is_leaf=lambda x: isinstance(x, Int8Weight))

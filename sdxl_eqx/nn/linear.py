@@ -8,10 +8,39 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Float32, Int8, PRNGKeyArray
 
 Dot = Callable[[Any, Any, Any], Any]
 """A matrix product with the first three arguments of `jax.lax.dot_general`; equal and hashed by what it computes."""
+
+
+class Int8Weight(eqx.Module):
+    """A weight that does not train, as whole numbers from -127 to 127 and a scale for each output."""
+
+    values: Int8[Array, "*depth c_out c_in"]
+    scale: Float32[Array, "*depth c_out 1"]
+
+    @classmethod
+    def of(cls, weight: Float[Array, "*depth c_out c_in"]) -> "Int8Weight":
+        """A weight, rounded to the nearest of them: each is off by at most 1/254 of its output's largest."""
+        weight = weight.astype(jnp.float32)
+        largest = jnp.max(jnp.abs(weight), axis=-1, keepdims=True)
+        scale = jnp.where(largest > 0, largest / 127, 1.0)
+        return cls(jnp.round(weight / scale).astype(jnp.int8), scale)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        return self.values.shape
+
+    @property
+    def ndim(self) -> int:
+        """Of the weight."""
+        return self.values.ndim
+
+    def astype(self, dtype: Any) -> Float[Array, "*depth c_out c_in"]:
+        """The weight as numbers of a floating dtype."""
+        return (self.values * self.scale).astype(dtype)
 
 
 class Linear(eqx.Module):
@@ -20,7 +49,7 @@ class Linear(eqx.Module):
     `dot` computes the product: `quantize.py` has those that round what they multiply.
     """
 
-    weight: Float[Array, "c_out c_in"]
+    weight: Float[Array, "c_out c_in"] | Int8Weight
     bias: Float[Array, " c_out"] | None
     dot: Dot = eqx.field(static=True)
 

@@ -63,7 +63,8 @@ class LoraLinear(Linear):
         change = change * self.lora.strength
         if self.lora_magnitude is None:
             return y + change
-        whole = self.weight + self.lora.strength * jax.lax.dot(self.lora_up, self.lora_down)
+        weight = self.weight.astype(self.lora_up.dtype)  # that of the computation already, where it is no Int8Weight
+        whole = weight + self.lora.strength * jax.lax.dot(self.lora_up, self.lora_down)
         factor = _factor(self.lora_magnitude, whole, axes=(1,)).astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
         plain = y if self.bias is None else y - self.bias.reshape((1,) * (y.ndim - 1) + (-1,))
         if seen is not x:

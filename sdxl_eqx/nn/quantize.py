@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
-from sdxl_eqx.nn.linear import Dot, Linear
+from sdxl_eqx.nn.linear import Dot, Int8Weight, Linear
 from sdxl_eqx.nn.remat import PRODUCT, widens
 from sdxl_eqx.nn.transformer import Transformer
 
@@ -58,6 +59,38 @@ class EightBit:
         return y if widens(weight.shape, weight.shape[1]) else checkpoint_name(y, PRODUCT)
 
 
+@dataclass(frozen=True)
+class StoredInt8:
+    """A `Dot` for `x @ weight.T` of a weight that is stored in 8 bits and does not train.
+
+    It multiplies in x's dtype. The backward pass makes the weight's numbers again, so that they are never kept.
+    """
+
+    def __call__(self, x: Any, weight: Int8Weight, dimension_numbers: Any) -> Any:
+        """The product of a dense layer."""
+        assert dimension_numbers == (((x.ndim - 1,), (1,)), ((), ()))
+        y = _multiply_stored(x, weight)
+        return y if widens(weight.shape, weight.shape[1]) else checkpoint_name(y, PRODUCT)
+
+
+@jax.custom_vjp
+def _multiply_stored(x: Array, weight: Int8Weight) -> Array:
+    return jax.lax.dot_general(x, weight.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
+
+
+def _stored_backward(weight: Int8Weight, gradient: Array) -> tuple[Array, None]:
+    over = (((gradient.ndim - 1,), (0,)), ((), ()))
+    return jax.lax.dot_general(gradient, weight.astype(gradient.dtype), over), None
+
+
+_multiply_stored.defvjp(lambda x, weight: (_multiply_stored(x, weight), weight), _stored_backward)
+
+
+def stored_in_int8(model: T) -> T:
+    """`model` with the weight of each dense layer of its transformer stages in 8 bits, never to be trained."""
+    return _of_stages(model, lambda layer: _with(layer, weight=Int8Weight.of(layer.weight), dot=StoredInt8()))
+
+
 def dot_of(how: Quantization, shards: int = 1) -> Dot:
     """The product of a choice; those of equal choices are equal, so that nothing is compiled twice.
 
@@ -77,21 +110,30 @@ def quantized(model: T, how: Quantization, shards: int = 1) -> T:
         ValueError: where qwix is not installed.
     """
     dot = dot_of(how, shards)
+    return _of_stages(model, lambda layer: _with(layer, dot=dot)) if how else model
+
+
+def _of_stages(model: T, change: Callable[[Linear], Linear]) -> T:
+    """`model` with each dense layer of its transformer stages changed."""
 
     def of_stage(node: Any) -> Any:
         if not isinstance(node, Transformer):
             return node
-        return jax.tree.map(lambda x: _with(x, dot), node, is_leaf=lambda x: isinstance(x, Linear))
+        is_dense = partial(_is_a, Linear)
+        return jax.tree.map(lambda x: change(x) if is_dense(x) else x, node, is_leaf=is_dense)
 
-    return jax.tree.map(of_stage, model, is_leaf=lambda x: isinstance(x, Transformer)) if how else model
+    return jax.tree.map(of_stage, model, is_leaf=partial(_is_a, Transformer))
 
 
-def _with(layer: Any, dot: Dot) -> Any:
-    """A dense layer with another product; anything else as it is."""
-    if not isinstance(layer, Linear):
-        return layer
+def _is_a(kind: type, x: Any) -> bool:
+    return isinstance(x, kind)
+
+
+def _with(layer: Linear, **fields: Any) -> Linear:
+    """A dense layer with other fields."""
     layer = copy.copy(layer)
-    object.__setattr__(layer, "dot", dot)  # a static field, which eqx.tree_at does not reach
+    for name, value in fields.items():
+        object.__setattr__(layer, name, value)  # eqx.tree_at does not reach static ones
     return layer
 
 

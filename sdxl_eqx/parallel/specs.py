@@ -193,7 +193,7 @@ def _names(path: str, ndim: int) -> Axes:
         return ("", "", "conv_in", "conv_out")
     if ndim != 2:
         return ("",) * ndim
-    layer = path.removesuffix(".weight").split(".")
+    layer = path.removesuffix(".values").removesuffix(".weight").split(".")
     return next((DENSE[end] for n in (2, 3, 4) if (end := ".".join(layer[-n:])) in DENSE), OTHER)
 
 

@@ -81,6 +81,7 @@ def _open_writer(run: Run) -> MetricsWriter:
     return MetricsWriter(
         metrics, file=folder.metrics, tensorboard=folder.tensorboard, run_name=run.config.run.run_name, start=step,
         finished=folder.finished_step == step, tracker=tracker, upload=folder.upload,
+        periods=folder.periods if metrics.gcs_metrics and folder.mirror is not None else None,
     )  # fmt: skip
 
 

@@ -44,7 +44,12 @@ class Encoding:
         data = config.data
         if config.is_text_cached:
             return cls()
-        weights = 4.0 * _elements(shapes.encoder_shapes(), layout)
+        encoders = shapes.encoder_shapes()
+        weights = 4.0 * _elements(encoders, layout)
+        if config.text.train_text_encoder:  # computed with a copy; whole ones have moments and gradients
+            each = jnp.dtype(config.model.activations_dtype).itemsize
+            each += each + _moving(config) if config.trains == "unet" else 0
+            weights += each * sum(_elements(part, layout) for part in (encoders.text_encoder, encoders.text_encoder_2))
         if data.cache_latents_text_encoder_outputs:  # text is small beside the UNet
             return cls(weights)
         # The VAE's first residual block: its input, what is normed, what is convolved, and their sum.
@@ -66,20 +71,31 @@ def step_bytes(
     """Bytes that a step takes on each device, for so many samples a device and latents of `side` by `side`.
 
     That is what is stored of weights, moments and average; weights and gradients in the dtype of the computation; and
-    what the backward pass needs of the forward pass. Of text encoders that train, this counts the weights alone.
+    what the backward pass needs of the forward pass. Of text encoders that train, it counts the weights and their
+    moments, not what their backward pass needs.
     """
     trained, frozen = split(denoiser_shapes(unet, config), config)
-    dtype, optim = jnp.dtype(config.model.activations_dtype), config.optim
-    moving = 2 * jnp.dtype(optim.moments_dtype).itemsize + (4 if optim.ema_decay > 0 else 0)
-    training, resting = _elements(trained, layout), _elements(frozen, layout)
-    stored = _bytes(trained, layout) + training * moving + _bytes(frozen, layout)
+    dtype = jnp.dtype(config.model.activations_dtype)
+    training = _elements(trained, layout)
+    stored = _bytes(trained, layout) + training * _moving(config) + _bytes(frozen, layout)
     # The difference of two batches: weights that the backward pass needs are counted above.
     tokens, cast_parts = LENGTH * config.data.caption_chunks, cast_shapes((trained, frozen), dtype)
     one, two = (kept_bytes(*cast_parts, n * layout.size(layout.batch), side, compute, tokens) for n in (1, 2))
     activations = (two - one) / layout.size(layout.batch)
-    copies = resting if jnp.dtype(config.model.weights_dtype) != dtype else 0
+    copies = _elements(_to_cast(frozen, dtype), layout)
     computing = (2 * training + copies) * dtype.itemsize + MARGIN * activations * batch
     return stored + encoders.weights + max(computing, encoders.each * batch)
+
+
+def _moving(config: TrainConfig) -> int:
+    """Bytes of moments and average of each weight that trains."""
+    return 2 * jnp.dtype(config.optim.moments_dtype).itemsize + (4 if config.optim.ema_decay > 0 else 0)
+
+
+def _to_cast(shapes: T, dtype: Any) -> T:
+    """The arrays that the step computes with a copy of."""
+    after = cast_shapes(shapes, dtype)
+    return jax.tree.map(lambda x, y: x if x.dtype != y.dtype else None, shapes, after)
 
 
 def _bytes(shapes: Any, layout: Layout) -> int:

@@ -15,6 +15,7 @@ from tensorboardX import SummaryWriter
 
 from sdxl_eqx.config import MetricsConfig
 from sdxl_eqx.data.sources.files import is_local
+from sdxl_eqx.training.cloud import write_whole
 from sdxl_eqx.training.trackers import Wandb
 
 log = logging.getLogger("sdxl_eqx")
@@ -64,8 +65,10 @@ class MetricsWriter:
         finished: bool = False,
         tracker: Wandb | None = None,
         upload: Callable[[], Any] | None = None,
+        periods: Path | None = None,
     ):
-        """`tracker` is told the same; `upload` is called when the files are whole, each log_period and at `flush`.
+        """`tracker` is told the same; `upload` is called when the files are whole, each log_period and at `flush`;
+        in the folder `periods` each log_period has a file of its own besides, as MaxDiffusion names them.
 
         Raises:
             ValueError: for a metrics_file that is not on this machine.
@@ -82,6 +85,8 @@ class MetricsWriter:
         self.is_full = False
         self.tracker = tracker
         self.upload = upload
+        self.periods = periods if config.write_metrics else None
+        self._period: list[tuple[int, str]] = []
         if config.write_metrics:
             copies = [Path(config.metrics_file)] if config.metrics_file else []
             for path in [file, *copies]:
@@ -101,7 +106,10 @@ class MetricsWriter:
                 self.board.add_scalar(name, value, step)
         if self.tracker is not None:
             self.tracker.write(step, values)
+        if self.periods is not None:
+            self._period.append((step, line))
         if step % self.log_period == 0:
+            self._end_period()
             self.flush()
 
     def flush(self) -> None:
@@ -137,12 +145,22 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Write what is left."""
+        self._end_period()
         for file in self.files:
             self._try(file.close)
         if self.board is not None:
             self._try(self.board.close)
         if self.tracker is not None:
             self.tracker.close()
+
+    def _end_period(self) -> None:
+        """Write the records since the last such file."""
+        if self.periods is None or not self._period:
+            return
+        (first, _), (last, _) = self._period[0], self._period[-1]
+        file = self.periods / f"metrics_step_{first:06}_to_step_{last:06}.txt"
+        self._try(lambda: write_whole(str(file), "".join(f"{line}\n" for _, line in self._period).encode()))
+        self._period.clear()
 
     def _try(self, write: Callable[..., Any], *values: Any) -> None:
         try:

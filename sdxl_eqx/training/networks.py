@@ -15,6 +15,7 @@ from sdxl_eqx.models.controlnet import ControlNet
 from sdxl_eqx.models.sdxl import Encoders, cast
 from sdxl_eqx.models.unet import UNet, UNetConfig
 from sdxl_eqx.nn.lora import FIELDS, add_lora
+from sdxl_eqx.nn.quantize import stored_in_int8
 from sdxl_eqx.training.targets import is_target, lora_shape
 
 TEXT = "encoders.text_encoder"
@@ -73,6 +74,8 @@ def denoiser_shapes(config_of_unet: UNetConfig, config: TrainConfig, encoders: E
 
     def make() -> Networks:
         unet = cast(UNet(config_of_unet, key=key), dtype)
+        if config.trains == "lora" and config.lora.int8_base:
+            unet = stored_in_int8(unet)
         controlnet = new_controlnet(unet, key=key) if config.trains == "controlnet" else None
         return Networks(unet, None, controlnet)
 

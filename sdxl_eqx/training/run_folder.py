@@ -2,7 +2,7 @@
 
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -143,6 +143,11 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def periods(self) -> Path:
+        """Files of gcs_metrics."""
+        return self.path / "metrics"
+
+    @property
     def config(self) -> Path:
         """The resolved config, which `--config` reads back."""
         return self.path / "config.yaml"
@@ -152,14 +157,15 @@ class RunFolder:
         if self.mirror is not None and self.lock is not None:
             self.mirror.try_send()
 
-    def write_config(self, text: str) -> None:
-        """Write the resolved config, by the process that holds the folder.
+    def write_config(self, text: str, *, also: Sequence[str] = ()) -> None:
+        """Write the resolved config, under other names `also`, by the process that holds the folder.
 
         Raises:
             OSError: where it cannot be written or sent.
         """
         if self.lock is not None:
-            self.config.write_text(text, encoding="utf-8")
+            for file in (self.config, *(self.path / name for name in also)):
+                file.write_text(text, encoding="utf-8")
             if self.mirror is not None:
                 self.mirror.send()
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -18,6 +19,7 @@ from sdxl_eqx.data.sources import Source
 from sdxl_eqx.data.sources.latents import LatentRecords
 from sdxl_eqx.loading import ModelParts
 from sdxl_eqx.models.sdxl import SDXL, Encoders
+from sdxl_eqx.nn.quantize import stored_in_int8
 from sdxl_eqx.parallel import hosts
 from sdxl_eqx.parallel.begin import configure_jax
 from sdxl_eqx.parallel.devices import check_dtype, choose_hardware, memory
@@ -193,6 +195,9 @@ def _open(config: TrainConfig, plan: _Plan, folder: RunFolder) -> Run | Finished
     unet = None
     if step is None or config.trains != "unet":  # else the checkpoint has it
         unet = hosts.together(partial(parts.new_unet, config.model, layout, key=unet_key))
+        if config.lora.int8_base and config.trains == "lora":
+            where = layout.shardings(eqx.filter_eval_shape(stored_in_int8, unet))
+            unet = jax.jit(stored_in_int8, out_shardings=where)(unet)
     begun = Beginning(config, program, unet, None if program.is_encoded else encoders)
     if step is None:
         trained = hosts.together(partial(begun.trained, parts.model, key=jr.fold_in(unet_key, 1)))
@@ -205,13 +210,19 @@ def _open(config: TrainConfig, plan: _Plan, folder: RunFolder) -> Run | Finished
         state = hosts.together(partial(checkpoints.restore, step, program.state(optimizer)))
         log.info("resuming %s at step %d of %d", folder.place, step, plan.total_steps)
     frozen = begun.frozen()
-    hosts.together(partial(folder.write_config, to_yaml(config)))
+    hosts.together(partial(_write_config, config, folder))
     # Memory differs by a few bytes from host to host, the program may not.
     program = program.with_remat(hosts.agree(program.compute.remat))
     return Run(
         config, folder, checkpoints, program, plan.total_steps, inputs, encoders, frozen, state, optimizer, rate,
         {} if saved is None else saved.data,
     )  # fmt: skip
+
+
+def _write_config(config: TrainConfig, folder: RunFolder) -> None:
+    """Write the resolved config into the run's folder."""
+    also = ["config.yml"] if config.metrics.save_config_to_gcs and folder.mirror is not None else []
+    folder.write_config(to_yaml(config), also=also)
 
 
 OF_A_HOST = (
@@ -270,6 +281,7 @@ BEGUN_WITH = (
     "lora_targets",
     "use_rslora",
     "use_dora",
+    "int8_base",
     "train_text_encoder",
     "train_controlnet",
     "instance_prompt",

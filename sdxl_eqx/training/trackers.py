@@ -104,5 +104,5 @@ def _wandb() -> Any:
         return importlib.import_module("wandb")
     except ImportError as error:
         raise ValueError(
-            f"--tracker wandb: its package is not installed ({error}): pip install wandb, or leave it out."
+            f"--tracker wandb: its package is not installed ({error}); install it: pip install 'sdxl-eqx[wandb]'."
         ) from error

@@ -198,15 +198,32 @@ def test_another_item_of_the_same_bucket_takes_the_place_of_a_bad_one():
     assert not {2, 3, 7} & set(items(batches))
 
 
-def test_a_bucket_of_bad_items_alone_ends_the_stream_with_their_names():
+def test_where_a_bucket_holds_bad_items_alone_the_next_batch_of_another_one_is_given():
+    def read_some(item, rng):
+        if 4 <= item < 8:
+            raise BadSample(f"{item}.png", "torn")
+        return read(item, rng)
+
+    bad, buckets = BadItems(16, 1.0), np.arange(16) // 4
+    alone = take(stream(16, read_some, bad=bad, buckets=buckets), 24)
+    assert {int(b) for batch in alone for b in buckets[batch["item"]]} == {0, 2, 3}
+    assert all(len(set(buckets[batch["item"]])) == 1 for batch in alone)
+    assert set(items(alone[:4])) == {*range(4), *range(8, 16)}  # the first epoch
+    assert bad.count == 4
+    shares = [take(stream(16, read_some, buckets=buckets, rows=own), 24) for own in ([0, 3], [1, 2])]
+    for step, batch in enumerate(alone):
+        for own, share in zip(([0, 3], [1, 2]), shares, strict=True):
+            np.testing.assert_array_equal(batch["item"][own], share[step]["item"])
+
+
+def test_bad_items_of_all_buckets_but_one_may_not_be_more_than_the_limit():
     def read_first(item, rng):
         if item >= 4:
             raise BadSample(f"{item}.png", "torn")
         return read(item, rng)
 
-    bad = BadItems(12, 1.0)
-    with pytest.raises(ValueError, match=r"4 of 12 samples cannot be used.*\.png \(torn\)"):
-        take(stream(12, read_first, bad=bad, buckets=np.arange(12) // 4), 30)
+    with pytest.raises(ValueError, match=r"11 of 24 samples cannot be used.*\.png \(torn\)"):
+        take(stream(24, read_first, bad=BadItems(24, 0.0), buckets=np.arange(24) // 4), 30)
 
 
 def test_a_set_of_bad_items_alone_ends_the_stream():

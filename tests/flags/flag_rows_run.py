@@ -1,7 +1,6 @@
 """Rows of the run, its devices, what it keeps and what it shows."""
 
 import contextlib
-import dataclasses
 import importlib.util
 import tempfile
 from collections.abc import Callable
@@ -11,19 +10,20 @@ from unittest.mock import MagicMock, Mock
 
 import jax
 import pytest
+from filelock import FileLock
 from flag_row import SHAPES, Row, Rows, caught, program, seen, stand_in
 from flag_rows_data import fed
 from flag_rows_training import jax_settings
 from parallel.fake_devices import slices
 
-from sdxl_eqx.config import RunConfig, TrainConfig
+from sdxl_eqx.config import TrainConfig
 from sdxl_eqx.diffusion.schedule import ScheduleConfig
-from sdxl_eqx.flags import switches
 from sdxl_eqx.parallel import begin
 from sdxl_eqx.parallel.mesh import make_mesh
 from sdxl_eqx.parallel.specs import Layout
 from sdxl_eqx.training import exporting, finishing, loop, setup, showing
 from sdxl_eqx.training.ahead import Target
+from sdxl_eqx.training.cloud import Mirror
 from sdxl_eqx.training.feed import Feed
 from sdxl_eqx.training.meter import Meter
 from sdxl_eqx.training.metrics import MetricsWriter
@@ -247,17 +247,23 @@ def timed(config: TrainConfig) -> str:
     return calls[0].kwargs["file"] if calls else ""
 
 
-def warned(key: str) -> Any:
-    """Whether a file is told that a key changes nothing where no run lies in a bucket."""
+def periods(config: TrainConfig) -> list[str]:
+    """Files of a log_period each that a run in a bucket has after 5 steps."""
+    with tempfile.TemporaryDirectory() as root, contextlib.chdir(root):
+        here = Path(root)
+        folder = Mock(path=here, place="gs://a/b", metrics=here / "m", tensorboard=here / "t", periods=here / "metrics")
+        writer = loop._open_writer(stand_in(Run, config=config, folder=folder, state=Mock(step=0)))
+        for n in range(1, 6):
+            writer.write(n, {})
+        writer.close()
+        return sorted(path.name for path in here.glob("metrics/*"))
 
-    def observe(config: TrainConfig) -> bool:
-        config = dataclasses.replace(config, run=RunConfig())
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(switches, "log", Mock())
-            switches.check(config, "file", {key: getattr(config.metrics, key)}, {})
-            return any(key in call.args for call in switches.log.warning.call_args_list)  # pyright: ignore[reportAttributeAccessIssue, reportFunctionMemberAccess]
 
-    return observe
+def configs(config: TrainConfig) -> list[str]:
+    """Files of the config that a run in a bucket has."""
+    with tempfile.TemporaryDirectory() as root:
+        setup._write_config(config, RunFolder(Path(root), stand_in(FileLock), stand_in(Mirror)))
+        return sorted(path.name for path in Path(root).iterdir())
 
 
 def wants_wandb(config: TrainConfig) -> bool:
@@ -266,7 +272,9 @@ def wants_wandb(config: TrainConfig) -> bool:
 
 
 BUCKET = {"base_output_directory": "gs://a/b"}
-"""Where they have no effect either: metrics and config lie there in any case."""
+"""Where they have an effect."""
+
+PERIODS = ["metrics_step_000001_to_step_000003.txt", "metrics_step_000004_to_step_000005.txt"]
 
 PROFILE = {"enable_profiler": True}
 METRICS: Rows = {
@@ -274,8 +282,8 @@ METRICS: Rows = {
     "metrics_file": Row("copy.jsonl", files, ["board", "metrics.jsonl"], ["board", "copy.jsonl", "metrics.jsonl"]),
     "log_period": Row(50, flushed, 2, 4),
     "tracker": Row("wandb", wants_wandb, False, True),
-    "gcs_metrics": Row(True, warned("gcs_metrics"), False, True, BUCKET),
-    "save_config_to_gcs": Row(True, warned("save_config_to_gcs"), False, True, BUCKET),
+    "gcs_metrics": Row(True, periods, [], PERIODS, {**BUCKET, "log_period": 3}),
+    "save_config_to_gcs": Row(True, configs, ["config.yaml"], ["config.yaml", "config.yml"], BUCKET),
     "write_timing_metrics": Row(True, timed, "", "run/timing.json"),
     "timing_metrics_file": Row("t.json", timed, "run/timing.json", "t.json", {"write_timing_metrics": True}),
     "enable_profiler": Row(True, profiled, [], [6, 15]),

@@ -13,6 +13,7 @@ from flag_rows_data import folder, inputs
 from flag_rows_training import Silent
 
 from sdxl_eqx.config import TrainConfig
+from sdxl_eqx.nn.linear import Int8Weight
 from sdxl_eqx.nn.lora import LoraConv2d, LoraLinear
 from sdxl_eqx.training.beginning import Beginning
 from sdxl_eqx.training.networks import path_of, split
@@ -60,6 +61,8 @@ LORA: Rows = {
     "lora_dropout": Row(0.25, of_change("dropout"), {0.0}, {0.25}, RANK),
     "use_rslora": Row(True, of_change("strength"), {1.0}, {2.0}, RANK),
     "use_dora": Row(True, lambda c: {x.lora_magnitude is not None for x in layers(c).values()}, {False}, {True}, RANK),
+    "int8_base": Row(True, lambda c: {isinstance(x.weight, Int8Weight) for x in layers(c).values()}, {False}, {True},
+                     RANK),
 }  # fmt: skip
 
 # Text encoders and ControlNet

@@ -1,5 +1,6 @@
 """Rows of the model, of attention, optimizer, loss and schedule."""
 
+import dataclasses
 from functools import partial
 from typing import Any
 from unittest.mock import Mock
@@ -62,6 +63,12 @@ def new_encoders(config: TrainConfig) -> str:
     return str(raised.value)
 
 
+def groups(config: TrainConfig) -> int:
+    """Of the UNet's GroupNorms, in the bundled tiny model."""
+    model = dataclasses.replace(config.model, pretrained_model_name_or_path="asset:tiny-sdxl")
+    return ModelParts.read(model, config.diffusion_scheduler_config, token="", with_weights=False).unet.norm_num_groups
+
+
 def stored_dtype(config: TrainConfig) -> str:
     """Of the UNet that training begins with."""
     parts = stand_in(ModelParts)
@@ -89,6 +96,7 @@ MODEL: Rows = {
     "from_pt": Row(False, source("from_pt"), True, False),
     "unet_checkpoint": Row("c/d", other_unet, "", "c/d"),
     "train_new_unet": Row(True, lambda c: "unet" in opened(c).named["parts"], True, False),
+    "norm_num_groups": Row(8, groups, 16, 8, {"train_new_unet": True}),
     "new_text_encoders": Row(True, new_encoders, "of the model", "new"),
     "weights_dtype": Row("bfloat16", stored_dtype, "float32", "bfloat16"),
     "activations_dtype": Row("float32", lambda c: str(program(c).dtype), "bfloat16", "float32"),

@@ -27,7 +27,6 @@ DATA = {"train_data_dir": "asset:emoji"}
 SAID: Mapping[str, tuple[Any, Any, str]] = {
     "jit_initializers": (False, {}, "mapped to True, which always holds"),
     "tokenize_captions_num_proc": (8, {"transform_images_num_proc": 8}, "mapped to transform_images_num_proc"),
-    "norm_num_groups": (16, {}, "mapped to norm_num_groups of unet/config.json"),
     **{
         key: (value, {}, "services of Google Cloud")
         for key, value in (

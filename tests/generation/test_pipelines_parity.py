@@ -1,11 +1,15 @@
 """Every way to draw against diffusers' pipelines, from files to pixels: same folder, same arguments, same noise."""
 
 import copy
+import dataclasses
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
 import parity_torch as theirs
 import pytest
@@ -22,7 +26,12 @@ from twins import (
     their_scheduler,
 )
 
+from sdxl_eqx.config import LoraTrainingConfig, TextEncoderConfig, TrainConfig
 from sdxl_eqx.generation import Pipeline
+from sdxl_eqx.training.networks import Networks, join, split, with_changes
+from sdxl_eqx.training.targets import lora_shape
+from sdxl_eqx.weights.adapters import parts_of, to_lora
+from sdxl_eqx.weights.lora import write_kohya, write_peft
 
 pytestmark = pytest.mark.parity
 
@@ -230,6 +239,31 @@ def test_two_loras(loras: tuple[Path, Path], folder: Path, pipeline: Pipeline, a
     later = pipeline.with_loras(dict(zip(names, (0.8, 0.3), strict=True)))
     np.testing.assert_array_equal(draw_ours(later, PROMPT, SEED, **COMMON).pictures, ours.pictures)
     np.testing.assert_array_equal(draw_ours(loaded.with_loras({}), PROMPT, SEED, **COMMON).pictures, plain.pictures)
+
+
+@pytest.mark.parametrize("dora", slow_but([False, True], False), ids=["LoRA", "DoRA"])
+def test_what_trained_draws_the_same_here_and_from_both_files_there(
+    dora: bool, folder: Path, pipeline: Pipeline, pipe: Any, tmp_path: Path
+):
+    lora = LoraTrainingConfig(lora_rank=2, lora_alpha=3.0, use_dora=dora)
+    config, models = TrainConfig(lora=lora, text=TextEncoderConfig(train_text_encoder=True)), pipeline.models
+    changes, frozen = split(with_changes(Networks(models.unet, models.encoders), config, key=jr.key(1)), config)
+    rng = np.random.default_rng(0)
+    changes = jax.tree.map(lambda x: x + jnp.asarray(0.05 * rng.standard_normal(x.shape), x.dtype), changes)
+    whole = join(changes, frozen)
+    assert whole.encoders is not None
+    trained = dataclasses.replace(models, unet=whole.unet, encoders=whole.encoders)
+    ours = draw_ours(dataclasses.replace(pipeline, models=trained), PROMPT, SEED, **COMMON)
+    assert difference(ours, draw_ours(pipeline, PROMPT, SEED, **COMMON)) > 2
+    saved = to_lora(parts_of(changes.unet, changes.encoders), lora_shape(lora), {})
+    write_peft(saved, tmp_path / "peft.safetensors")
+    write_kohya(saved, pipeline.parts.unet, tmp_path / "kohya.safetensors")
+    for form in ("peft", "kohya"):
+        parts = {part: copy.deepcopy(getattr(pipe, part)) for part in LAYERS}
+        other = their_kind(pipe, "StableDiffusionXLPipeline", **parts)
+        with theirs.their_warnings_are_theirs():
+            other.load_lora_weights(str(tmp_path), weight_name=f"{form}.safetensors")
+            assert_twins(ours, draw_theirs(other, PROMPT, SEED, **COMMON))
 
 
 @pytest.fixture(scope="module")

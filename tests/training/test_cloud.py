@@ -13,7 +13,9 @@ from stub_gcs import StubGCS, pointed_at, serve
 from test_checkpoint import SAVED, shapes
 from tiny_step import assert_equal, begin
 
+from sdxl_eqx.config import MetricsConfig
 from sdxl_eqx.training.checkpoint import Checkpoints, NotSaved
+from sdxl_eqx.training.metrics import MetricsWriter
 from sdxl_eqx.training.run_folder import RunFolder
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -122,6 +124,22 @@ def test_what_lies_beside_the_checkpoints_is_sent_and_a_run_is_finished_last(fol
     assert stub.objects["bucket/runs/run/samples/step_1.png"].data == b"\n\r\nsamples/step_1.png"
     assert folder.finished_step == 1
     assert json.loads(stub.text("bucket/runs/run/running.json"))["pid"]
+
+
+def test_the_published_files_of_metrics_and_config_are_sent(folder, stub):
+    folder.write_config("seed: 1\n", also=["config.yml"])
+    config = MetricsConfig(gcs_metrics=True, log_period=2)
+    writer = MetricsWriter(
+        config, file=folder.metrics, tensorboard=folder.tensorboard, run_name="run", start=4, periods=folder.periods
+    )
+    for n in (5, 6, 7):
+        writer.write(n, {"learning/loss": float(n)})
+    writer.close()
+    folder.send()
+    assert stub.text("bucket/runs/run/config.yml") == stub.text("bucket/runs/run/config.yaml") == "seed: 1\n"
+    lines = folder.metrics.read_text().splitlines(keepends=True)
+    assert stub.text("bucket/runs/run/metrics/metrics_step_000005_to_step_000006.txt") == "".join(lines[:2])
+    assert stub.text("bucket/runs/run/metrics/metrics_step_000007_to_step_000007.txt") == lines[2]
 
 
 @pytest.mark.parametrize(("root", "refused"), [("gs://bucket/runs", "runs"), ("gs://nowhere/runs", "")])

@@ -115,7 +115,9 @@ def test_a_login_that_fails_is_an_error_with_the_remedy(tmp_path, wandb):
 
 def test_a_package_that_is_not_there_is_an_error_with_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match=r"--tracker wandb: its package is not installed.*pip install wandb"):
+    with pytest.raises(
+        ValueError, match=r"--tracker wandb: its package is not installed.*pip install 'sdxl-eqx\[wandb\]'"
+    ):
         check_tracker(WANDB)
     check_tracker(MetricsConfig())
     check_tracker(dataclasses.replace(WANDB, write_metrics=False))
