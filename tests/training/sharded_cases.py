@@ -35,7 +35,7 @@ Kernel = Literal["dot_product", "flash", "triton", "folded"]
 """What computes attention here: flash is the splash kernel, folded is dot_product without --split-head-dim."""
 
 TWO_LEVELS = dataclasses.replace(
-    UNET, block_out_channels=(8, 16), attention_levels=(True, True), transformer_layers=(2, 2), heads=(2, 4)
+    UNET, block_out_channels=(8, 16), attention_levels=(True, False), transformer_layers=(2, 2), heads=(2, 4)
 )
 BATCH = 8
 SIDE = 8
