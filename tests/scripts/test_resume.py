@@ -29,7 +29,7 @@ CASES = {
     "cached-latents": (),
     "cached-latents-and-new-captions": ("--caption-shuffle",),
     "text-encoders": ("--train-text-encoder", "--text-encoder-learning-rate", "1e-4"),
-    "LoRA": ("--lora-rank", "2", "--lora-dropout", "0.3", "--use-dora", "--train-text-encoder", *EMA),
+    "LoRA": ("--lora-rank", "2", "--lora-dropout", "0.3", "--use-dora", "--int8-base", "--train-text-encoder", *EMA),
     "ControlNet": (
         "--train-controlnet",
         "--conditioning-image-column",
