@@ -713,6 +713,11 @@ def test_the_file_may_name_what_a_flag_switches_on(written: Yaml, caplog: pytest
     assert not caplog.records
 
 
+def test_how_pictures_are_drawn_has_an_effect_where_a_class_is_to_be_drawn():
+    words = ["--class-data-dir", "dogs", "--class-prompt", "a dog", "--samples-per-grid", "0"]
+    assert parse([*DATA, *words, "--num-inference-steps", "7"]).sample.num_inference_steps == 7
+
+
 def test_a_whole_file_of_defaults_logs_nothing(written: Yaml, caplog: pytest.LogCaptureFixture):
     parse(["--config", written(to_yaml(merge(TrainConfig(), {"train_data_dir": "pictures"})))])
     assert not caplog.records

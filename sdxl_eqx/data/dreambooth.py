@@ -31,5 +31,8 @@ def beside_class(
             "held out": Picked(subject, held),
         }
     )
-    weights = np.repeat(np.array([1.0, class_weight, 1.0], np.float32), [count, count, len(held)])
-    return joined, np.arange(2 * count, len(joined)), weights
+    # By turns, so that it is so without shuffling too.
+    turns = np.arange(2 * count).reshape(2, count).T.reshape(-1)
+    source = Picked(joined, np.concatenate([turns, np.arange(2 * count, len(joined))]))
+    weights = np.concatenate([np.tile([1.0, class_weight], count), np.ones(len(held))]).astype(np.float32)
+    return source, np.arange(2 * count, len(source)), weights

@@ -173,7 +173,7 @@ SWITCHES = (
             "do_classifier_free_guidance",
             "num_inference_steps",
         ),
-        lambda c: c.sample.samples_per_grid > 0 or c.sample.caption_retrieval > 0,
+        lambda c: c.sample.samples_per_grid > 0 or c.sample.caption_retrieval > 0 or bool(c.dreambooth.class_data_dir),
         "set --samples-per-grid or --caption-retrieval above 0",
     ),
 )

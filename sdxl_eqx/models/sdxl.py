@@ -58,9 +58,13 @@ class SDXL(eqx.Module):
 
 
 def cast(model: Any, dtype: Any) -> Any:
-    """`model` with every floating array in `dtype`, but for the scales of 8-bit weights."""
+    """`model` with every floating array in `dtype`, but for the scales of 8-bit weights and DoRA's magnitudes.
 
-    def one(x: Any) -> Any:
-        return x if isinstance(x, Int8Weight) or not jnp.issubdtype(x.dtype, jnp.floating) else x.astype(dtype)
+    Either is a number near another one, of which the ratio or the difference counts.
+    """
 
-    return jax.tree.map(one, model, is_leaf=lambda x: isinstance(x, Int8Weight))
+    def one(path: Any, x: Any) -> Any:
+        exact = isinstance(x, Int8Weight) or (bool(path) and getattr(path[-1], "name", "") == "lora_magnitude")
+        return x if exact or not jnp.issubdtype(x.dtype, jnp.floating) else x.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(one, model, is_leaf=lambda x: isinstance(x, Int8Weight))

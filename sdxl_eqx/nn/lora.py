@@ -65,11 +65,11 @@ class LoraLinear(Linear):
             return y + change
         weight = self.weight.astype(self.lora_up.dtype)  # that of the computation already, where it is no Int8Weight
         whole = weight + self.lora.strength * jax.lax.dot(self.lora_up, self.lora_down)
-        factor = _factor(self.lora_magnitude, whole, axes=(1,)).astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+        factor = _factor(self.lora_magnitude, whole, axes=(1,)).reshape((1,) * (y.ndim - 1) + (-1,))
         plain = y if self.bias is None else y - self.bias.reshape((1,) * (y.ndim - 1) + (-1,))
         if seen is not x:
             plain = self.dot(seen, self.weight, over)
-        return y + (factor - 1) * plain + factor * change
+        return y + (factor - 1).astype(y.dtype) * plain + factor.astype(y.dtype) * change
 
 
 class LoraConv2d(Conv2d):
@@ -115,9 +115,9 @@ class LoraConv2d(Conv2d):
         whole = self.weight + self.lora.strength * jax.lax.dot_general(
             self.lora_down, up, (((3,), (0,)), ((), ()))
         )  # fmt: skip
-        factor = _factor(self.lora_magnitude, whole, axes=(0, 1, 2)).astype(y.dtype).reshape(1, 1, 1, -1)
+        factor = _factor(self.lora_magnitude, whole, axes=(0, 1, 2)).reshape(1, 1, 1, -1)
         plain = y - self.bias.reshape(1, 1, 1, -1) if seen is x else convolve(seen, self.weight)
-        return y + (factor - 1) * plain + factor * change
+        return y + (factor - 1).astype(y.dtype) * plain + factor.astype(y.dtype) * change
 
 
 def _dropped(x: Array, key: PRNGKeyArray | None, share: float) -> Array:
@@ -128,7 +128,10 @@ def _dropped(x: Array, key: PRNGKeyArray | None, share: float) -> Array:
 
 
 def _factor(magnitude: Array, whole: Array, *, axes: tuple[int, ...]) -> Array:
-    """What brings each output's weights to their magnitude; their own size counts as a constant (DoRA, section 4.3)."""
+    """What brings each output's weights to their magnitude, in float32: bfloat16 has steps of 0.4% near 1.
+
+    Their own size counts as a constant (DoRA, section 4.3).
+    """
     square = jnp.sum(jnp.square(jax.lax.stop_gradient(whole).astype(jnp.float32)), axis=axes)
     return magnitude.astype(jnp.float32) / jnp.sqrt(square)
 

@@ -86,9 +86,9 @@ def _stored_backward(weight: Int8Weight, gradient: Array) -> tuple[Array, None]:
 _multiply_stored.defvjp(lambda x, weight: (_multiply_stored(x, weight), weight), _stored_backward)
 
 
-def stored_in_int8(model: T) -> T:
-    """`model` with the weight of each dense layer of its transformer stages in 8 bits, never to be trained."""
-    return _of_stages(model, lambda layer: _with(layer, weight=Int8Weight.of(layer.weight), dot=StoredInt8()))
+def stored_in_int8(model: T, rounded: Callable[[Any], Int8Weight] = Int8Weight.of) -> T:
+    """`model` with the weight of each dense layer of its transformer stages `rounded` to 8 bits, not to be trained."""
+    return _of_stages(model, lambda layer: _with(layer, weight=rounded(layer.weight), dot=StoredInt8()))
 
 
 def dot_of(how: Quantization, shards: int = 1) -> Dot:

@@ -22,7 +22,7 @@ from sdxl_eqx.parallel.mesh import describe, make_mesh
 from sdxl_eqx.parallel.specs import Layout
 from sdxl_eqx.training.flops import denoising_flops, step_recompute_ratio, training_flops
 from sdxl_eqx.training.memory import Encoding, step_bytes
-from sdxl_eqx.training.optimizer import learning_rate, make_optimizer
+from sdxl_eqx.training.optimizer import make_optimizer, rates
 from sdxl_eqx.training.program import Program
 
 log = logging.getLogger("sdxl_eqx")
@@ -93,7 +93,11 @@ def _shapes(config: TrainConfig) -> ModelShapes:
     """Those of the config's model; of SDXL's own they are known here."""
     model, scheduler = config.model, config.diffusion_scheduler_config
     if model.pretrained_model_name_or_path == SDXL_BASE and not model.unet_checkpoint:
-        return ModelShapes.sdxl_base(scheduler)
+        shapes = ModelShapes.sdxl_base(scheduler)
+        if not model.train_new_unet or model.norm_num_groups <= 0:
+            return shapes
+        unet = dataclasses.replace(shapes.unet, norm_num_groups=model.norm_num_groups)
+        return dataclasses.replace(shapes, unet=unet)
     return ModelParts.read(model, scheduler, token=config.data.hf_access_token, with_weights=False)
 
 
@@ -138,8 +142,7 @@ class Target:
             describe(program.mesh), program.part_size / program.mesh.size, program.compute.remat,
             config.parallel.compile_topology,
         )  # fmt: skip
-        rate = learning_rate(config.optim, total_steps=1000, batch_size=program.batch_size)
-        optimizer = make_optimizer(config.optim, rate)
+        optimizer = make_optimizer(config.optim, *rates(config, total_steps=1000, batch_size=program.batch_size))
         began = time.perf_counter()
         traced = program.jit(optimizer).trace(*program.arguments(optimizer))
         lowered = traced.lower(lowering_platforms=({"gpu": "cuda"}.get(self.chip.hardware, self.chip.hardware),))

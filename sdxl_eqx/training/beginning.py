@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ from jaxtyping import PRNGKeyArray
 from sdxl_eqx.config import TrainConfig
 from sdxl_eqx.models.sdxl import Encoders
 from sdxl_eqx.models.unet import UNet
+from sdxl_eqx.parallel import hosts
 from sdxl_eqx.parallel.specs import put
 from sdxl_eqx.training.checkpoint import flatten
 from sdxl_eqx.training.networks import Networks, new_controlnet, replace_encoders, split, with_changes
 from sdxl_eqx.training.program import Program
 from sdxl_eqx.training.targets import lora_shape
 from sdxl_eqx.weights.adapters import from_lora, parts_of
-from sdxl_eqx.weights.lora import read_lora
+from sdxl_eqx.weights.lora import LoRA, read_lora
 from sdxl_eqx.weights.model import Model
 
 log = logging.getLogger("sdxl_eqx")
@@ -35,13 +37,8 @@ class Beginning:
     encoders: Encoders | None
     """None where batches are encoded already."""
 
-    def trained(self, model: Model, *, key: PRNGKeyArray) -> Networks:
-        """What trains, before the first step; `model` is what the files say of it.
-
-        Raises:
-            ValueError: where the LoRA to go on from does not fit.
-            OSError: where it cannot be read.
-        """
+    def trained(self, *, key: PRNGKeyArray) -> Networks:
+        """What trains, before the first step."""
         assert self.unet is not None  # a run that begins has one
         config = self.config
         if config.trains == "unet":
@@ -59,20 +56,35 @@ class Beginning:
 
         networks = Networks(self.unet, self.encoders)
         where = self.program.layout.shardings(eqx.filter_eval_shape(make, networks))
-        trained = jax.jit(make, out_shardings=where)(networks)
-        return self._going_on(trained, model) if config.lora.lora_init and config.trains == "lora" else trained
+        return jax.jit(make, out_shardings=where)(networks)
 
-    def _going_on(self, trained: Networks, model: Model) -> Networks:
-        """What trains, as the LoRA file of `lora_init` has it."""
+    def read_init(self, model: Model) -> LoRA | None:
+        """The LoRA file to go on from, if one is asked for; `model` is what the files say of the model.
+
+        Raises:
+            ValueError: where it is no LoRA of this model.
+            OSError: where it cannot be read.
+        """
+        if not self.config.lora.lora_init or self.config.trains != "lora":
+            return None
         file = Path(self.config.lora.lora_init)
         if not file.is_file():
             raise ValueError(f"--lora-init {file}: is no file; give a LoRA's .safetensors.")
         try:
-            lora = read_lora(file, model)
+            return read_lora(file, model)
         except ValueError as error:
             raise ValueError(f"--lora-init {error}") from None
-        parts = parts_of(trained.unet, trained.encoders)
-        filled = from_lora(lora, parts, lora_shape(self.config.lora), file)
+
+    def going_on(self, trained: Networks, lora: LoRA) -> Networks:
+        """What trains, as a file has it. Every process must call it.
+
+        Raises:
+            ValueError: where the file does not fit what trains.
+        """
+        file, host = Path(self.config.lora.lora_init), hosts.to_host(trained)
+        filled = hosts.together(
+            partial(from_lora, lora, parts_of(host.unet, host.encoders), lora_shape(self.config.lora), file)
+        )
         log.info("going on from %s: %d of its layers train", file, len(lora.layers))
         arrays = [array for part in filled.values() for array in jax.tree.leaves(part)]
         where = [x.sharding for x in jax.tree.leaves(trained)]

@@ -51,7 +51,7 @@ def cache_dataset(config: TrainConfig) -> CacheSummary:
         raise ValueError("--no-cache-latents-text-encoder-outputs: there is nothing to cache then; leave it out.")
     configure_jax(config.run, config.model.precision)
     layout = Layout(make_mesh(config.parallel, choose_hardware(config.run.hardware)))
-    draw_class_pictures(config)
+    draw_class_pictures(config, read_data_and_model)
     inputs = hosts.together(partial(read_data_and_model, config))
     source, parts = inputs.source, inputs.parts
     if isinstance(source, LatentRecords):

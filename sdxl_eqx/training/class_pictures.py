@@ -25,6 +25,7 @@ from sdxl_eqx.config import (
 from sdxl_eqx.data.sources.files import is_local, whole_file
 from sdxl_eqx.data.sources.folder import METADATA, is_picture
 from sdxl_eqx.generation import Pipeline
+from sdxl_eqx.generation.memory import OutOfMemory
 from sdxl_eqx.parallel import hosts
 
 log = logging.getLogger("sdxl_eqx")
@@ -34,11 +35,12 @@ Draw = Callable[..., UInt8[np.ndarray, "b H W 3"]]
 """Called with a prompt and `seeds` it draws a picture for each seed, as `Pipeline` does."""
 
 
-def draw_class_pictures(config: TrainConfig) -> int:
+def draw_class_pictures(config: TrainConfig, check: Callable[[TrainConfig], Any]) -> int:
     """Draw what class_data_dir lacks to num_class_images with the model that is to be trained; returns how many.
 
     Pictures are of the model's own size, drawn as the run's samples are, with as many steps and as much guidance. Every
-    process must call it at the same time, before the data are opened; what it loads is gone when it returns.
+    process must call it at the same time, before the data are opened; what it loads is gone when it returns. Before any
+    is drawn, `check` is called with the config of a run without them.
 
     Raises:
         ValueError: where pictures lack and cannot be drawn, naming the flag and the remedy.
@@ -50,11 +52,19 @@ def draw_class_pictures(config: TrainConfig) -> int:
     folder = Path(subject.class_data_dir)
     if not any(hosts.gather_json(hosts.together(partial(_lacking, config)))):
         return 0
-    pipeline = Pipeline.of(_drawing_config(config))
-    return make_class_pictures(
-        pipeline, folder, subject.class_prompt, subject.num_class_images, config.run.seed,
-        at_once=pipeline.drawing.shares,
-    )  # fmt: skip
+    alone = dataclasses.replace(config, dreambooth=dataclasses.replace(subject, class_data_dir="", class_prompt=""))
+    hosts.together(partial(check, alone))
+    try:
+        pipeline = Pipeline.of(_drawing_config(config))
+        return make_class_pictures(
+            pipeline, folder, subject.class_prompt, subject.num_class_images, config.run.seed,
+            at_once=pipeline.drawing.shares,
+        )  # fmt: skip
+    except OutOfMemory as error:
+        raise ValueError(
+            f"--class-data-dir {folder}: its pictures cannot be drawn here ({error}); put pictures there, such as "
+            "scripts/generate.py draws with its flags for little memory."
+        ) from error
 
 
 def make_class_pictures(draw: Draw, folder: Path, prompt: str, count: int, seed: int, *, at_once: int = 1) -> int:
@@ -111,6 +121,7 @@ def _lacking(config: TrainConfig) -> bool:
         ValueError: they are, and cannot be.
     """
     subject, place = config.dreambooth, config.dreambooth.class_data_dir
+    check_apart(place, config.data.train_data_dir)
     if not is_local(place):  # where there are too few, opening it says so
         return False
     folder = Path(place)
@@ -128,6 +139,21 @@ def _lacking(config: TrainConfig) -> bool:
                 "fewer."
             )
     return True
+
+
+def check_apart(place: str, subject: str) -> None:
+    """Check that the folders of the class and of the subject lie outside each other.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if is_local(place) and is_local(subject) and subject:
+        folders = [Path(path).absolute() for path in (place, subject)]
+        if any(one.is_relative_to(other) for one, other in (folders, folders[::-1])):
+            raise ValueError(
+                f"--class-data-dir {place}: must lie outside --train-data-dir {subject}, and that outside it: each is "
+                "read with all folders in it."
+            )
 
 
 def _drawing_config(config: TrainConfig) -> GenerateConfig:

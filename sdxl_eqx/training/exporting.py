@@ -63,9 +63,10 @@ def _write_lora(run: Run, trained: Networks, dtype: Any) -> None:
     shape = lora_shape(run.config.lora)
     lora = to_lora(parts_of(trained.unet, trained.encoders), shape, {"ss_output_name": run.config.run.run_name})
     lora = LoRA({name: layer.cast(dtype) for name, layer in lora.layers.items()}, lora.metadata)
-    with appearing(run.folder.export, overwrite=True) as folder:
+    kohya = f"{run.config.run.run_name}.safetensors"
+    with appearing(run.folder.export, overwrite=True, files=(PEFT, kohya)) as folder:
         write_peft(lora, folder / PEFT)
-        write_kohya(lora, run.parts.unet, folder / f"{run.config.run.run_name}.safetensors")
+        write_kohya(lora, run.parts.unet, folder / kohya)
 
 
 def _write_controlnet(run: Run, net: ControlNet, dtype: Any) -> None:

@@ -83,7 +83,8 @@ def finish(run: Run, step: int, state: TrainState, writer: MetricsWriter, stop: 
     try:
         export(run, step, state.best)
     except (ValueError, OSError) as error:
-        raise RunError(f"the export could not be written ({error}); free space and run the same again.") from error
+        remedy = "free space and run the same again" if isinstance(error, OSError) else "then run the same again"
+        raise RunError(f"the export could not be written ({error}); {remedy}.") from error
     return retrieval
 
 

@@ -14,13 +14,14 @@ from sdxl_eqx.config import DataConfig, TrainConfig
 from sdxl_eqx.data.bad import BadSample
 from sdxl_eqx.data.dreambooth import beside_class
 from sdxl_eqx.data.sources import Source
-from sdxl_eqx.data.sources.files import cache_folder, is_local
+from sdxl_eqx.data.sources.files import cache_folder
 from sdxl_eqx.data.sources.folder import ImageFolder
 from sdxl_eqx.data.sources.joined import Joined
 from sdxl_eqx.data.sources.latents import LatentRecords
 from sdxl_eqx.data.sources.open import open_source
 from sdxl_eqx.data.tokenizer import WORDS, tokenize
 from sdxl_eqx.loading import ModelParts
+from sdxl_eqx.training.class_pictures import check_apart
 
 log = logging.getLogger("sdxl_eqx")
 
@@ -62,6 +63,8 @@ def read_data_and_model(config: TrainConfig) -> Inputs:
         caption=config.dreambooth.instance_prompt,
     )  # fmt: skip
     source = opened(data)
+    if isinstance(source, LatentRecords) and config.text.train_text_encoder:
+        raise ValueError("--train-text-encoder: TFRecords hold text that is encoded already; leave it out.")
     split = config.sample.eval_split
     fraction = held_fraction(split)
     held = np.zeros(0, int)
@@ -89,13 +92,7 @@ def _open_class(config: TrainConfig) -> ImageFolder:
     """
     subject, data = config.dreambooth, config.data
     place = subject.class_data_dir
-    if is_local(place) and is_local(data.train_data_dir) and data.train_data_dir:
-        folders = [Path(path).absolute() for path in (place, data.train_data_dir)]
-        if any(one.is_relative_to(other) for one, other in (folders, folders[::-1])):
-            raise ValueError(
-                f"--class-data-dir {place}: must lie outside --train-data-dir {data.train_data_dir}, and that outside "
-                "it: each is read with all folders in it."
-            )
+    check_apart(place, data.train_data_dir)
     found = ImageFolder(
         place, image_column=data.image_column, caption_column=data.caption_column, caption=subject.class_prompt,
         max_samples=subject.num_class_images, token=data.hf_access_token,

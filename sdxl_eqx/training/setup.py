@@ -13,12 +13,15 @@ import jax.numpy as jnp
 import jax.random as jr
 import optax
 from jax.sharding import Mesh
+from jaxtyping import Array
 
 from sdxl_eqx.config import ParallelConfig, TrainConfig, flat, to_yaml
 from sdxl_eqx.data.sources import Source
 from sdxl_eqx.data.sources.latents import LatentRecords
 from sdxl_eqx.loading import ModelParts
 from sdxl_eqx.models.sdxl import SDXL, Encoders
+from sdxl_eqx.models.unet import UNet
+from sdxl_eqx.nn.linear import Int8Weight
 from sdxl_eqx.nn.quantize import stored_in_int8
 from sdxl_eqx.parallel import hosts
 from sdxl_eqx.parallel.begin import configure_jax
@@ -99,7 +102,8 @@ class Run:
         whole = self.config.trains == "unet" and self.config.text.train_text_encoder
         beside = {part: config.to_json() for part, config in texts.items()} if whole else {}
         position = {"next_batch": next_batch, "batch_size": self.batch_size}
-        return Saved(self.parts.unet.to_json(), ema, flat(self.config), position, self.config.trains, beside)
+        frozen = "" if self.config.trains == "unet" else self.parts.fingerprint
+        return Saved(self.parts.unet.to_json(), ema, flat(self.config), position, self.config.trains, beside, frozen)
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,7 @@ def prepare(config: TrainConfig, timings: Timings | None = None) -> Run | Finish
     configure_jax(config.run, config.model.precision)
     timings = timings or Timings()
     hosts.together(partial(check_tracker, config.metrics))
-    draw_class_pictures(config)
+    draw_class_pictures(config, _Plan.make)
     with timings.of("read_inputs"):
         plan = hosts.together(partial(_Plan.make, config))
     _check_same_everywhere(plan)
@@ -177,7 +181,7 @@ def _open(config: TrainConfig, plan: _Plan, folder: RunFolder) -> Run | Finished
     step = checkpoints.latest()
     saved = None if step is None else hosts.together(partial(checkpoints.saved, step))
     if step is not None and saved is not None:
-        hosts.together(partial(_check_same_model, saved, parts, folder))
+        hosts.together(partial(_check_same_model, saved, config, parts, folder))
         hosts.together(partial(_check_same_flags, saved, config))
         if step >= plan.total_steps and folder.finished_step == step:
             checkpoints.close()
@@ -196,11 +200,12 @@ def _open(config: TrainConfig, plan: _Plan, folder: RunFolder) -> Run | Finished
     if step is None or config.trains != "unet":  # else the checkpoint has it
         unet = hosts.together(partial(parts.new_unet, config.model, layout, key=unet_key))
         if config.lora.int8_base and config.trains == "lora":
-            where = layout.shardings(eqx.filter_eval_shape(stored_in_int8, unet))
-            unet = jax.jit(stored_in_int8, out_shardings=where)(unet)
+            unet = _in_int8(unet, layout)
     begun = Beginning(config, program, unet, None if program.is_encoded else encoders)
     if step is None:
-        trained = hosts.together(partial(begun.trained, parts.model, key=jr.fold_in(unet_key, 1)))
+        lora = hosts.together(partial(begun.read_init, parts.model))
+        trained = hosts.together(partial(begun.trained, key=jr.fold_in(unet_key, 1)))
+        trained = trained if lora is None else begun.going_on(trained, lora)
         begin = partial(new_state, optimizer=optimizer, ema=config.optim.ema_decay > 0, key=state_key)
         where = layout.shardings(jax.eval_shape(begin, trained))
         state = jax.jit(begin, out_shardings=where, donate_argnums=0)(trained)
@@ -217,6 +222,23 @@ def _open(config: TrainConfig, plan: _Plan, folder: RunFolder) -> Run | Finished
         config, folder, checkpoints, program, plan.total_steps, inputs, encoders, frozen, state, optimizer, rate,
         {} if saved is None else saved.data,
     )  # fmt: skip
+
+
+def _in_int8(unet: UNet, layout: Layout) -> UNet:
+    """The UNet with a base in 8 bits; the weights that it takes the place of are gone."""
+    shardings = layout.shardings(eqx.filter_eval_shape(stored_in_int8, unet))
+    where = iter([x for x in jax.tree.leaves(shardings, is_leaf=_is_int8) if _is_int8(x)])
+
+    def rounded(weight: Array) -> Int8Weight:
+        made = jax.jit(Int8Weight.of, out_shardings=next(where))(weight)
+        weight.delete()  # a stack at a time: the whole would not fit beside its copy
+        return made
+
+    return stored_in_int8(unet, rounded)
+
+
+def _is_int8(x: Any) -> bool:
+    return isinstance(x, Int8Weight)
 
 
 def _write_config(config: TrainConfig, folder: RunFolder) -> None:
@@ -260,7 +282,7 @@ def _replica_axis(config: TrainConfig, layout: Layout) -> str | None:
     return "data"
 
 
-def _check_same_model(saved: Saved, parts: ModelParts, folder: RunFolder) -> None:
+def _check_same_model(saved: Saved, config: TrainConfig, parts: ModelParts, folder: RunFolder) -> None:
     now = parts.unet.to_json()
     different = [key for key in now if saved.unet.get(key) != now[key]]
     if different:
@@ -268,6 +290,11 @@ def _check_same_model(saved: Saved, parts: ModelParts, folder: RunFolder) -> Non
         raise ValueError(
             f"--run-name {folder.path.name}: its checkpoints are of another model ({was}, now "
             f"{ {key: now[key] for key in different} }); give the model that it was begun with, or another run name."
+        )
+    if config.trains != "unet" and saved.frozen and saved.frozen != parts.fingerprint:
+        raise ValueError(
+            f"--run-name {folder.path.name}: it was begun beside another UNet than that of {parts.name}; give the "
+            "model that it was begun with, or another run name."
         )
 
 

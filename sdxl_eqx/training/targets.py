@@ -30,15 +30,17 @@ def lora_shape(config: LoraTrainingConfig) -> LoraShape:
 
 
 def is_target(config: TrainConfig, path: str) -> bool:
-    """Whether the layer at a path of the networks is changed, if its part trains."""
-    return any(_matches(target, path.removeprefix("encoders.")) for target in config.lora.lora_targets or ())
+    """Whether the layer at a path of the networks is changed, if its part trains; the VAE never does."""
+    return not path.startswith("encoders.vae.") and any(
+        _matches(target, path.removeprefix("encoders.")) for target in config.lora.lora_targets or ()
+    )
 
 
 def check_targets(config: TrainConfig, networks: Any) -> None:
-    """Check that each target names a layer that trains.
+    """Check that each target names a layer that trains, and that one is of the text encoders where they train.
 
     Raises:
-        ValueError: with the target that does not.
+        ValueError: with the target that does not, or all where none is.
     """
     layers = [path.removeprefix("encoders.") for path in _layers(networks, text=config.text.train_text_encoder)]
     for target in config.lora.lora_targets or ():
@@ -47,6 +49,12 @@ def check_targets(config: TrainConfig, networks: Any) -> None:
                 f"--lora-targets {target}: no layer that trains has such a name; give {', '.join(GROUPS)}, or the end "
                 f"of a layer's name or a pattern, as to_q or {layers[-1]}."
             )
+    texts = [path for path in layers if path.startswith("text_encoder")]
+    if texts and not any(_matches(target, path) for target in config.lora.lora_targets or () for path in texts):
+        raise ValueError(
+            f"--lora-targets {' '.join(config.lora.lora_targets or ())}: none is a layer of the text encoders, which "
+            "are to train; add attention or q_proj, or leave --train-text-encoder out."
+        )
 
 
 def _matches(target: str, path: str) -> bool:

@@ -75,7 +75,10 @@ def _fill(part: str, model: Any, lora: LoRA, shape: LoraShape, file: Path, used:
                     f"{'missing; it is no DoRA: leave --use-dora out' if tensor is None else tensor.shape}, "
                     f"{tensors[key].shape} is needed."
                 )
-            tensors[key] = tensor.read().astype(np.float32).reshape(tensors[key].shape)
+            array = tensor.read().astype(np.float32).reshape(tensors[key].shape)
+            if not np.isfinite(array).all():
+                raise ValueError(f"--lora-init {file}: {key} holds NaN or infinity; give a LoRA that does not.")
+            tensors[key] = array
             used.add(f"{part}.{key.rpartition('.')[0]}")
         filled.append(place.from_file(tensors))
     return jax.tree.unflatten(structure, filled)

@@ -4,7 +4,7 @@ import contextlib
 import glob
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 NATIVE = "sdxl_eqx.json"
@@ -18,17 +18,17 @@ WRITTEN = (
 
 
 @contextlib.contextmanager
-def appearing(folder: Path, *, overwrite: bool) -> Iterator[Path]:
+def appearing(folder: Path, *, overwrite: bool, files: Collection[str] = ()) -> Iterator[Path]:
     """A folder to write into, which takes its name when the block ends well; else nothing of it is left.
 
-    With `overwrite` a model that was there is replaced then, and until then it stays.
+    With `overwrite` a model that was there, or `files` of these names, are replaced then, and until then stay.
 
     Raises:
         ValueError: where something else than a model is to be replaced.
     """
     clear_remains(folder)
     replaced = overwrite and folder.exists()
-    stranger = _stranger(folder) if replaced else None
+    stranger = _stranger(folder, files) if replaced else None
     if stranger is not None:
         raise ValueError(
             f"{folder}: holds {stranger.name}, which no conversion wrote, so it is not replaced; give another name, or "
@@ -53,14 +53,16 @@ def appearing(folder: Path, *, overwrite: bool) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _stranger(folder: Path) -> Path | None:
-    """Something in a folder that no conversion wrote; None where all of it is a model's."""
+def _stranger(folder: Path, files: Collection[str]) -> Path | None:
+    """Something in a folder that no conversion wrote; None where all of it is a model's, or has one of these names."""
     if not folder.is_dir():
         return folder
     for path in folder.iterdir():
         inside = {inner.name for inner in path.iterdir()} if path.is_dir() else set()
         # A part has its config, or is an item of Orbax; the others have files of their own.
         part = not inside or bool(inside & {"config.json", "_METADATA", "scheduler_config.json"})
+        if path.is_file() and path.name in files:
+            continue
         if path.name not in WRITTEN or (path.is_dir() and not path.name.startswith("tokenizer") and not part):
             return path
     return None

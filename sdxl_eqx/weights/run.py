@@ -45,6 +45,8 @@ class Saved:
     """unet, lora or controlnet."""
     beside: dict[str, dict[str, Any]] = field(default_factory=dict)
     """The configs of text encoders that trained beside the UNet, as transformers writes them."""
+    frozen: str = ""
+    """The fingerprint of the UNet that does not train; empty where it trains, or was new."""
     format: int = FORMAT
     """Version of the layout."""
 
@@ -124,5 +126,6 @@ def read_meta(manager: ocp.CheckpointManager, step: int, folder: Path) -> Saved:
         data,
         meta.get("trains", "unet"),
         meta.get("beside", {}),
+        meta.get("frozen", ""),
         meta["format"],
     )

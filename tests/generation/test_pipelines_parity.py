@@ -258,7 +258,7 @@ def test_what_trained_draws_the_same_here_and_from_both_files_there(
     saved = to_lora(parts_of(changes.unet, changes.encoders), lora_shape(lora), {})
     write_peft(saved, tmp_path / "peft.safetensors")
     write_kohya(saved, pipeline.parts.unet, tmp_path / "kohya.safetensors")
-    for form in ("peft", "kohya"):
+    for form in ("peft",) if dora else ("peft", "kohya"):  # diffusers 0.42 takes DoRA's magnitudes out of kohya's files
         parts = {part: copy.deepcopy(getattr(pipe, part)) for part in LAYERS}
         other = their_kind(pipe, "StableDiffusionXLPipeline", **parts)
         with theirs.their_warnings_are_theirs():

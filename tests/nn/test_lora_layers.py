@@ -10,6 +10,7 @@ import numpy as np
 import parity_models as tiny
 import pytest
 
+from sdxl_eqx.models.sdxl import cast
 from sdxl_eqx.models.unet import UNet
 from sdxl_eqx.nn.conv import Conv2d
 from sdxl_eqx.nn.linear import Linear
@@ -97,3 +98,20 @@ def test_blocks_of_a_stack_and_layers_drop_other_inputs():
     at = keys.mid_block.attentions[0].transformer_blocks
     assert at.attn1.to_q.lora_key.shape == (2,) and at.attn2.to_q.lora_key.shape == (2,)
     assert not hasattr(at.attn1.to_k, "lora_key")
+
+
+@pytest.mark.parametrize("kind", ["dense", "convolution"])
+def test_a_new_dora_has_no_effect_in_bfloat16_and_a_small_step_of_its_size_has_one(kind: str):
+    if kind == "dense":
+        base, x = Linear(64, 48, key=KEY), jr.normal(jr.key(1), (7, 64))
+        changed = LoraLinear(base, DORA, key=KEY)
+    else:
+        base, x = Conv2d(16, 48, 3, key=KEY), jr.normal(jr.key(1), (1, 6, 5, 16))
+        changed = LoraConv2d(base, DORA, key=KEY)
+    x = x.astype(jnp.bfloat16)
+    plain, fresh = cast(base, jnp.bfloat16)(x), cast(changed, jnp.bfloat16)(x)
+    difference = np.abs(np.float32(fresh) - np.float32(plain)) / np.abs(np.float32(plain)).max()
+    assert difference.max() < 2e-3, difference.max()
+    grown = eqx.tree_at(lambda layer: layer.lora_magnitude, changed, changed.lora_magnitude * 1.002)
+    gain = np.vdot(np.float32(cast(grown, jnp.bfloat16)(x)), np.float32(plain)) / np.vdot(*2 * [np.float32(plain)])
+    assert 1.001 < gain < 1.003  # a hundred roundings of outputs to 0.4% are averaged

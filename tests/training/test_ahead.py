@@ -14,14 +14,22 @@ import jax
 import pytest
 from tiny_step import TEXT, UNET, VAE_CONFIG
 
-from sdxl_eqx.config import AttentionConfig, DataConfig, OptimConfig, ParallelConfig, ReportConfig, TrainConfig
+from sdxl_eqx.config import (
+    AttentionConfig,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    ReportConfig,
+    TrainConfig,
+)
 from sdxl_eqx.diffusion.schedule import ScheduleConfig
 from sdxl_eqx.loading import ModelShapes
 from sdxl_eqx.models.unet import UNet
 from sdxl_eqx.nn.remat import Remat
 from sdxl_eqx.parallel.topologies import Chip
 from sdxl_eqx.training import report as reporting
-from sdxl_eqx.training.ahead import DoesNotFit, Report, Target
+from sdxl_eqx.training.ahead import DoesNotFit, Report, Target, _shapes
 from sdxl_eqx.training.program import Program
 from sdxl_eqx.training.report import does_not_fit, report, table
 from sdxl_eqx.training.search import search
@@ -260,3 +268,9 @@ def test_the_report_is_written_with_its_names_and_refused_where_it_does_not_fit(
 def test_wrong_requests_are_refused_before_anything_is_compiled(asked: ReportConfig, says: str):
     with pytest.raises(ValueError, match=says):
         report(config(), asked)
+
+
+@pytest.mark.parametrize(("values", "groups"), [({"train_new_unet": True}, 16), ({}, 32)])
+def test_the_known_model_has_the_groups_that_are_asked_for(values, groups):
+    model = ModelConfig(norm_num_groups=16, **values)
+    assert _shapes(TrainConfig(model=model)).unet.norm_num_groups == groups

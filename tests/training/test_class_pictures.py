@@ -10,6 +10,7 @@ from PIL import Image
 
 from sdxl_eqx.config import GenerateConfig, TrainConfig
 from sdxl_eqx.flags import merge
+from sdxl_eqx.generation.memory import OutOfMemory
 from sdxl_eqx.training import class_pictures
 from sdxl_eqx.training.class_pictures import draw_class_pictures, make_class_pictures
 
@@ -82,6 +83,10 @@ def config(folder: Path | str, **values: Any) -> TrainConfig:
     return merge(TrainConfig(), {**named, **values})
 
 
+def nothing(config: TrainConfig) -> None:
+    """A check that finds nothing wrong."""
+
+
 @pytest.fixture
 def loaded(monkeypatch) -> list[GenerateConfig]:
     """What pipelines were made of, in whose place a `Drawer` draws two at once."""
@@ -103,18 +108,18 @@ def loaded(monkeypatch) -> list[GenerateConfig]:
 def test_the_model_of_the_run_draws_what_lacks_as_its_samples_are_drawn(tmp_path, loaded):
     values = {"pretrained_model_name_or_path": "models/mine", "num_inference_steps": 7, "guidance_scale": 3.0,
               "ici_fsdp_parallelism": 2, "attention": "dot_product", "hf_access_token": "hf_secret"}  # fmt: skip
-    assert draw_class_pictures(config(tmp_path / "dogs", **values)) == 3
+    assert draw_class_pictures(config(tmp_path / "dogs", **values), nothing) == 3
     assert seen(tmp_path / "dogs") == {f"class_{i:05d}.png": 9 + i for i in range(3)}
     (asked,) = loaded
     assert asked.model.pretrained_model_name_or_path == "models/mine" and asked.model.hf_access_token == "hf_secret"
     assert (asked.picture.prompt, asked.picture.num_inference_steps, asked.picture.guidance_scale) == ("a dog", 7, 3.0)
     assert (asked.parallel.ici_fsdp_parallelism, asked.attention.attention) == (2, "dot_product")
-    assert draw_class_pictures(config(tmp_path / "dogs", **values)) == 0
+    assert draw_class_pictures(config(tmp_path / "dogs", **values), nothing) == 0
     assert len(loaded) == 1, "where nothing lacks no model is loaded"
 
 
 def test_nothing_is_drawn_where_there_is_no_class(loaded):
-    assert draw_class_pictures(TrainConfig()) == 0 and not loaded
+    assert draw_class_pictures(TrainConfig(), nothing) == 0 and not loaded
 
 
 @pytest.mark.parametrize(
@@ -129,12 +134,41 @@ def test_nothing_is_drawn_where_there_is_no_class(loaded):
 )
 def test_a_model_that_can_draw_nothing_is_refused_before_it_is_loaded(tmp_path, loaded, values, says):
     with pytest.raises(ValueError, match=f"^--class-data-dir .*{says}"):
-        draw_class_pictures(config(tmp_path, **values))
+        draw_class_pictures(config(tmp_path, **values), nothing)
     assert not loaded
 
 
 def test_a_folder_with_metadata_is_not_drawn_into(tmp_path, loaded):
     (tmp_path / "metadata.jsonl").touch()
     with pytest.raises(ValueError, match=r"its samples are the lines of .*metadata\.jsonl, to which none are drawn"):
-        draw_class_pictures(config(tmp_path))
+        draw_class_pictures(config(tmp_path), nothing)
     assert not loaded
+
+
+def test_whatever_else_is_wrong_is_said_before_a_picture_is_drawn(tmp_path, loaded):
+    seen_first = []
+
+    def wrong(config: TrainConfig) -> None:
+        seen_first.append(config.dreambooth)
+        raise ValueError("--train-data-dir nowhere: is no folder")
+
+    with pytest.raises(ValueError, match="nowhere"):
+        draw_class_pictures(config(tmp_path / "dogs"), wrong)
+    assert not loaded and not (tmp_path / "dogs").exists()
+    assert seen_first[0].class_data_dir == "", "a run without what lacks"
+
+
+@pytest.mark.parametrize(("place", "subject"), [("a/dogs", "a"), ("a", "a/mine"), ("a", "a")])
+def test_nothing_is_drawn_into_the_folder_of_the_subject(tmp_path, loaded, place, subject):
+    with pytest.raises(ValueError, match=r"^--class-data-dir .*must lie outside --train-data-dir"):
+        draw_class_pictures(config(tmp_path / place, train_data_dir=str(tmp_path / subject)), nothing)
+    assert not loaded and not (tmp_path / place).exists()
+
+
+def test_a_model_that_does_not_fit_the_devices_is_an_error_of_the_flag(tmp_path, loaded, monkeypatch):
+    def full(asked: GenerateConfig) -> None:
+        raise OutOfMemory("out of memory: the model does not fit")
+
+    monkeypatch.setattr(class_pictures.Pipeline, "of", full)
+    with pytest.raises(ValueError, match=r"^--class-data-dir .*out of memory: the model does not fit.*generate\.py"):
+        draw_class_pictures(config(tmp_path / "dogs"), nothing)

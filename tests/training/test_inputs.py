@@ -51,10 +51,10 @@ def test_a_subject_alone_is_a_folder_without_captions_and_without_weights(tmp_pa
 
 def test_a_class_beside_it_comes_as_often_with_its_own_caption_and_weight(tmp_path):
     found = subject(tmp_path)
-    assert [found.source.captions(i) for i in range(8)] == [("a sks dog",)] * 4 + [("a dog",)] * 4
-    np.testing.assert_array_equal(found.weights, np.array([1] * 4 + [0.3] * 4, np.float32))
-    assert [found.source.name(i) for i in range(4)] == [f"instance: {i}.png" for i in (0, 1, 2, 0)]
-    assert [found.source.name(i) for i in range(4, 8)] == [f"class: {i}.png" for i in range(4)]
+    assert [found.source.captions(i) for i in range(8)] == [("a sks dog",), ("a dog",)] * 4
+    np.testing.assert_array_equal(found.weights, np.array([1, 0.3] * 4, np.float32))
+    assert [found.source.name(i) for i in range(0, 8, 2)] == [f"instance: {i}.png" for i in (0, 1, 2, 0)]
+    assert [found.source.name(i) for i in range(1, 8, 2)] == [f"class: {i}.png" for i in range(4)]
     assert found.trained_on == 8 and len(found.held) == 0
 
 
@@ -90,6 +90,14 @@ def test_records_of_latents_have_no_class_beside_them(tmp_path, monkeypatch):
     pictures(tmp_path / "dogs", 1)
     with pytest.raises(ValueError, match=r"^--class-data-dir: TFRecords of latents are encoded already"):
         opened(tmp_path / "mine", class_data_dir=str(tmp_path / "dogs"), class_prompt="b", num_class_images=1)
+
+
+def test_records_of_latents_train_no_text_encoder(tmp_path, monkeypatch):
+    monkeypatch.setattr(inputs, "_open_latents", lambda parts, paths, *, data: object.__new__(LatentRecords))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "a.tfrecord").touch()
+    with pytest.raises(ValueError, match=r"^--train-text-encoder: TFRecords hold text that is encoded already"):
+        opened(tmp_path / "mine", train_text_encoder=True)
 
 
 @pytest.mark.parametrize("trains", [False, True])

@@ -121,3 +121,12 @@ def test_only_changes_train(base: Networks):
     assert all(x is y for x, y in zip(jax.tree.leaves(frozen), jax.tree.leaves(base), strict=True))
     assert {x.dtype for x in jax.tree.leaves(changes)} == {jnp.dtype(jnp.float32)}
     assert lora_shape(config().lora) == LoraShape(2, 1.5)
+
+
+def test_a_file_with_a_number_that_is_none_is_not_gone_on_from(base: Networks):
+    changes = trained(base, config())[0]
+    parts = parts_of(changes.unet, changes.encoders)
+    spoilt = {part: jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), model) for part, model in parts.items()}
+    lora = to_lora(spoilt, lora_shape(config().lora), {})
+    with pytest.raises(ValueError, match=r"--lora-init a\.safetensors: .* holds NaN or infinity"):
+        from_lora(lora, parts, lora_shape(config().lora), Path("a.safetensors"))
