@@ -101,7 +101,7 @@ def test_blocks_of_a_stack_and_layers_drop_other_inputs():
 
 
 @pytest.mark.parametrize("kind", ["dense", "convolution"])
-def test_a_new_dora_has_no_effect_in_bfloat16_and_a_small_step_of_its_size_has_one(kind: str):
+def test_a_new_dora_has_no_effect_in_bfloat16_and_a_hundredth_of_its_size_has_one(kind: str):
     if kind == "dense":
         base, x = Linear(64, 48, key=KEY), jr.normal(jr.key(1), (7, 64))
         changed = LoraLinear(base, DORA, key=KEY)
@@ -112,6 +112,6 @@ def test_a_new_dora_has_no_effect_in_bfloat16_and_a_small_step_of_its_size_has_o
     plain, fresh = cast(base, jnp.bfloat16)(x), cast(changed, jnp.bfloat16)(x)
     difference = np.abs(np.float32(fresh) - np.float32(plain)) / np.abs(np.float32(plain)).max()
     assert difference.max() < 2e-3, difference.max()
-    grown = eqx.tree_at(lambda layer: layer.lora_magnitude, changed, changed.lora_magnitude * 1.002)
+    grown = eqx.tree_at(lambda layer: layer.lora_magnitude, changed, changed.lora_magnitude * 1.01)
     gain = np.vdot(np.float32(cast(grown, jnp.bfloat16)(x)), np.float32(plain)) / np.vdot(*2 * [np.float32(plain)])
-    assert 1.001 < gain < 1.003  # a hundred roundings of outputs to 0.4% are averaged
+    assert 1.007 < gain < 1.013  # outputs are rounded to 0.4%

@@ -340,7 +340,7 @@ TRAINED = 200
 SHAPE = (8, 4, 6, 4)
 
 
-def trained_loss(how: Quantization) -> float:
+def trained_loss(how: Quantization, seed: int) -> float:
     """The loss of a small UNet after a short training in bfloat16, over many draws of noise."""
     schedule, compute = Schedule(ScheduleConfig()), Compute()
     optimizer: Any = optax.adam(3e-3)  # whose types know no modules
@@ -364,7 +364,7 @@ def trained_loss(how: Quantization) -> float:
 
     unet = jax.jit(lambda: UNet(UNET, key=jr.key(0)), compiler_options=QUICK)()
     state, losses = optimizer.init(unet), []
-    for key in jr.split(jr.key(1), TRAINED):
+    for key in jr.split(jr.key(seed), TRAINED):
         unet, state, loss = step(unet, state, key)
         losses.append(float(loss))
     first, last = np.mean(losses[:10]), np.mean([step(unet, state, key)[2] for key in jr.split(jr.key(3), 32)])
@@ -373,13 +373,12 @@ def trained_loss(how: Quantization) -> float:
 
 
 @pytest.mark.slow
-def test_training_in_8_bits_ends_no_higher_than_training_in_bfloat16_does():
-    wanted = trained_loss("")
-    for how in get_args(Quantization)[1:]:
-        found = trained_loss(how)
-        print(f"{how or 'bfloat16'}: {found:.4f}, bfloat16: {wanted:.4f} ({found / wanted - 1:+.2%})")
-        # Of fp8 only what ends higher is refused: it ended 2.2% lower when this was measured.
-        assert found < 1.02 * wanted and (how == "fp8" or found > 0.98 * wanted)
+@pytest.mark.parametrize("how", get_args(Quantization)[1:])
+def test_training_in_8_bits_ends_where_training_in_bfloat16_does(how: Quantization):
+    # The mean of three runs: single ones of fp8 end up to 2.2% lower and 1.1% higher.
+    ratios = [trained_loss(how, seed) / trained_loss("", seed) - 1 for seed in (1, 11, 21)]
+    print(f"{how}: " + ", ".join(f"{ratio:+.2%}" for ratio in ratios))
+    assert abs(np.mean(ratios)) < 0.02
 
 
 def test_other_products_and_batches_that_do_not_divide_are_refused():

@@ -119,6 +119,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("output", type=Path)
+    parser.add_argument("--model", type=Path, help="to go on from, in place of one that is trained for it")
     parser.add_argument("--steps", type=int, default=300)
     asked = parser.parse_args()
     pictures, output = asked.folder.absolute() / "emoji-imagefolder", asked.output.absolute()
@@ -129,9 +130,10 @@ def main() -> int:
         make_animals(pictures, data / "animals")
         make_subject(data / "animals", data / "subject")
         make_edges(data / "edges")
-    grids = [("base", train("base", ["--config", "configs/tiny.yaml"], output))]
+    grids = [] if asked.model else [("base", train("base", ["--config", "configs/tiny.yaml"], output))]
+    model = asked.model.absolute() if asked.model else output / "base" / "export"
     shared = [
-        "--pretrained-model-name-or-path", str(output / "base" / "export"), "--resolution", "64",
+        "--pretrained-model-name-or-path", str(model), "--resolution", "64",
         "--activations-dtype", "float32", "--per-device-batch-size", "16", "--max-train-steps", str(asked.steps),
         "--warmup-steps-fraction", "0.05", "--opt-enable-grad-global-norm-clipping", "--samples-per-grid", "16",
         "--no-do-classifier-free-guidance", "--num-inference-steps", "25", "--jax-cache-dir", str(output / "compiled"),
