@@ -60,7 +60,8 @@ class Report:
     tflop_per_step: float
     """Of all devices: three times the UNet's forward pass, and VAE and text encoders where they run."""
     recompute_ratio: float
-    """What both passes of the UNet compute over three times its forward pass."""
+    """What both passes compute over three times the forward pass of the UNet, where the whole of it trains; else over
+    both passes without anything computed again."""
     ideal_step_seconds: float
     """Of tflop_per_step at 100% of the devices' bfloat16 peak."""
     image_seconds: float
