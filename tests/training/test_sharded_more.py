@@ -4,7 +4,6 @@ import pytest
 from sharded_cases import CASES, assert_is_that_of_one_device, product
 
 
-@pytest.mark.slow  # for minutes; both halves together are pairwise
 @pytest.mark.parametrize("case", CASES[1::2], ids=str)
 def test_loss_and_gradients_are_those_of_one_device(case, monkeypatch):
     assert_is_that_of_one_device(case, monkeypatch)
