@@ -20,8 +20,9 @@ hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, d
 hypothesis.settings.load_profile("tests")
 
 LONG = (
-    "scripts/test_two_processes.py", "scripts/test_train.py", "training/test_sharded.py", "training/test_sharded_more.py",
-    "training/test_ahead.py", "scripts/test_wrong_input.py", "models/test_controlnet.py", "training/test_checkpoint.py", "training/test_step.py",
+    "scripts/test_two_processes.py", "scripts/test_train.py", "training/test_sharded.py",
+    "training/test_sharded_more.py", "training/test_ahead.py", "scripts/test_wrong_input.py",
+    "models/test_controlnet.py", "training/test_checkpoint.py", "training/test_step.py",
 )  # fmt: skip
 """Files whose tests take minutes together. They come first: at the end, one process would wait for the other's."""
 
