@@ -38,6 +38,11 @@ class Int8Weight(eqx.Module):
         """Of the weight."""
         return self.values.ndim
 
+    @property
+    def dtype(self) -> Any:
+        """That of the scales, in which the weight is made again."""
+        return self.scale.dtype
+
     def astype(self, dtype: Any) -> Float[Array, "*depth c_out c_in"]:
         """The weight as numbers of a floating dtype."""
         return (self.values * self.scale).astype(dtype)

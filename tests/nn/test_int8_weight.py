@@ -114,9 +114,9 @@ def test_a_cast_leaves_scales_as_they_are(stage):
 
 def test_dora_begins_with_the_sizes_of_what_is_stored():
     layer = Linear(8, 4, key=jr.key(0))
-    object.__setattr__(layer, "weight", Int8Weight.of(layer.weight))
+    assert isinstance(layer.weight, jax.Array)
+    stored = Int8Weight.of(layer.weight)
+    object.__setattr__(layer, "weight", stored)
     change = LoraLinear(layer, LoraShape(2, 1.0, dora=True), key=jr.key(1))
     assert change.lora_magnitude is not None
-    np.testing.assert_allclose(
-        change.lora_magnitude, jnp.linalg.norm(layer.weight.astype(jnp.float32), axis=1), rtol=1e-6
-    )
+    np.testing.assert_allclose(change.lora_magnitude, jnp.linalg.norm(stored.astype(jnp.float32), axis=1), rtol=1e-6)

@@ -33,7 +33,7 @@ def config() -> TrainConfig:
 
 
 def run_into(folder: Any) -> Any:
-    run = MagicMock(config=config(), folder=SimpleNamespace(export=folder), parts=SimpleNamespace(unet=UNET))
+    run: Any = MagicMock(config=config(), folder=SimpleNamespace(export=folder), parts=SimpleNamespace(unet=UNET))
     run.__class__ = Run
     return run
 

@@ -1,6 +1,7 @@
 import contextlib
 import dataclasses
 import logging
+from typing import Any
 from unittest.mock import MagicMock
 
 import jax
@@ -43,7 +44,7 @@ def test_weights_that_the_learning_rate_cannot_move_are_warned_of(dtype, rate, w
     [("lora", "a", "b", True), ("lora", "a", "a", False), ("lora", "", "b", False), ("unet", "a", "b", False)],
 )
 def test_a_lora_goes_on_only_beside_the_unet_that_it_was_begun_beside(trains, was, now, refused, tmp_path):
-    parts = MagicMock(unet=UNET, fingerprint=now)
+    parts: Any = MagicMock(unet=UNET, fingerprint=now)
     parts.__class__ = ModelParts
     parts.name = "other/model"
     config = TrainConfig(lora=LoraTrainingConfig(lora_rank=2 if trains == "lora" else 0))
