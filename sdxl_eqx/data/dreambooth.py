@@ -1,9 +1,12 @@
 """Pictures of a subject beside pictures of its class, as DreamBooth trains on them (Ruiz et al. 2023, section 3.3)."""
 
+from pathlib import Path
+
 import numpy as np
 from jaxtyping import Float32, Int
 
 from sdxl_eqx.data.sources import Source
+from sdxl_eqx.data.sources.files import is_local
 from sdxl_eqx.data.sources.joined import Joined, Picked
 
 
@@ -36,3 +39,18 @@ def beside_class(
     source = Picked(joined, np.concatenate([turns, np.arange(2 * count, len(joined))]))
     weights = np.concatenate([np.tile([1.0, class_weight], count), np.ones(len(held))]).astype(np.float32)
     return source, np.arange(2 * count, len(source)), weights
+
+
+def check_apart(place: str, subject: str) -> None:
+    """Check that the folders of the class and of the subject lie outside each other.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if is_local(place) and is_local(subject) and subject:
+        folders = [Path(path).absolute() for path in (place, subject)]
+        if any(one.is_relative_to(other) for one, other in (folders, folders[::-1])):
+            raise ValueError(
+                f"--class-data-dir {place}: must lie outside --train-data-dir {subject}, and that outside it: each is "
+                "read with all folders in it."
+            )

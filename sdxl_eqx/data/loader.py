@@ -102,7 +102,7 @@ def make_stream(
         # In the consumer's thread, so that what is counted does not depend on prefetching.
         for failure in item.bad:
             bad.add(failure)
-        if item.arrays is None:  # of one process's rows, though not of all
+        if item.arrays is None:  # all that take part, though not all that is held out too
             raise bad.error()
         return item.arrays
 

@@ -1,4 +1,4 @@
-"""Products in 8 bits, forward and backward, by Google's qwix: of the dense layers of the UNet's transformer stages."""
+"""Dense layers of the UNet's transformer stages in 8 bits: products by Google's qwix, or weights that are stored so."""
 
 import copy
 import importlib

@@ -22,6 +22,7 @@ from sdxl_eqx.config import (
     PromptConfig,
     TrainConfig,
 )
+from sdxl_eqx.data.dreambooth import check_apart
 from sdxl_eqx.data.sources.files import is_local, whole_file
 from sdxl_eqx.data.sources.folder import METADATA, is_picture
 from sdxl_eqx.generation import Pipeline
@@ -139,21 +140,6 @@ def _lacking(config: TrainConfig) -> bool:
                 "fewer."
             )
     return True
-
-
-def check_apart(place: str, subject: str) -> None:
-    """Check that the folders of the class and of the subject lie outside each other.
-
-    Raises:
-        ValueError: naming both.
-    """
-    if is_local(place) and is_local(subject) and subject:
-        folders = [Path(path).absolute() for path in (place, subject)]
-        if any(one.is_relative_to(other) for one, other in (folders, folders[::-1])):
-            raise ValueError(
-                f"--class-data-dir {place}: must lie outside --train-data-dir {subject}, and that outside it: each is "
-                "read with all folders in it."
-            )
 
 
 def _drawing_config(config: TrainConfig) -> GenerateConfig:

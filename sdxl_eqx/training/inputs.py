@@ -12,7 +12,7 @@ from jaxtyping import Float32, Int
 
 from sdxl_eqx.config import DataConfig, TrainConfig
 from sdxl_eqx.data.bad import BadSample
-from sdxl_eqx.data.dreambooth import beside_class
+from sdxl_eqx.data.dreambooth import beside_class, check_apart
 from sdxl_eqx.data.sources import Source
 from sdxl_eqx.data.sources.files import cache_folder
 from sdxl_eqx.data.sources.folder import ImageFolder
@@ -21,7 +21,6 @@ from sdxl_eqx.data.sources.latents import LatentRecords
 from sdxl_eqx.data.sources.open import open_source
 from sdxl_eqx.data.tokenizer import WORDS, tokenize
 from sdxl_eqx.loading import ModelParts
-from sdxl_eqx.training.class_pictures import check_apart
 
 log = logging.getLogger("sdxl_eqx")
 
