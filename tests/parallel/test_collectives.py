@@ -141,8 +141,8 @@ def of(found: list[Operand], *kinds: str) -> Counter[tuple[int, ...]]:
 
 WHOLE = Counter({(3, 3, 512, 256): 2})
 """Gradients that libtpu 0.0.42.1 sums whole on every chip and cuts then, of 4 convolutions over skip connections: no
-more than these. The constraint that asks for shares is the same for all. Until LoRA and text encoders could train, it
-scattered these two as well; why it does not now is not known."""
+more than these. The constraint that asks for shares is the same for all. It scatters them where a step that is not
+finite is not skipped, or where `optimization_barrier` stands between the new state and the choice of it."""
 
 
 def test_there_is_enough_to_see(shared):
