@@ -53,15 +53,42 @@ def sent(traffic: dict[str, Traffic]) -> int:
 
 
 def _trips(line: str, computations: dict[str, list[str]]) -> int:
-    """How often a loop runs: as XLA notes it, or what the loop of a scan counts to. 1 where neither is said."""
+    """How often a loop runs: as XLA notes it, or what it counts to, from 0 on. 1 where neither is said."""
     known = re.search(r'"known_trip_count":\s*\{"n":\s*"(\d+)"', line)
     if known:
         return int(known[1])
     condition = re.search(r"\bcondition=%?([\w.\-]+)", line)
     lines = computations.get(condition[1], []) if condition else []
     lines = lines + [inner for one in lines for name in _called(one) for inner in computations.get(name, [])]
-    limits = [int(found[1]) for one in lines if (found := re.search(r"= s(?:32|64)\[\]\S* constant\((\d+)\)", one))]
-    return max(limits, default=1)
+    limits = [found for one in lines if (found := _constant(one)) is not None]
+    return -(-max(limits, default=1) // _stride(line, computations))
+
+
+def _stride(line: str, computations: dict[str, list[str]]) -> int:
+    """What a loop counts by: libtpu's rings take two turns at once. 1 where it is not plain to see."""
+    condition, body = (
+        computations.get(found[1], []) if (found := re.search(rf"\b{part}=%?([\w.\-]+)", line)) else []
+        for part in ("condition", "body")
+    )
+    compared = [found[1] for one in condition if (found := re.search(r"get-tuple-element\(.*index=(\d+)", one))]
+    made = {found[1]: one for one in body if (found := re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = ", one))}
+    after = _operands(next((one for one in body if one.lstrip().startswith("ROOT ")), ""), "tuple")
+    if len(compared) != 1 or int(compared[0]) >= len(after):
+        return 1
+    added = _operands(made.get(after[int(compared[0])], ""), "add")
+    return next((step for name in added if (step := _constant(made.get(name, "")))), 1)
+
+
+def _operands(line: str, operation: str) -> list[str]:
+    """The names of what an instruction takes, if it is this operation."""
+    found = re.search(rf" {operation}\(([^)]*)\)", line)
+    return re.findall(r"%([\w.\-]+)", found[1]) if found else []
+
+
+def _constant(line: str) -> int | None:
+    """The value of an instruction that is a constant integer."""
+    found = re.search(r"= [su](?:32|64)\[\]\S* constant\((\d+)\)", line)
+    return int(found[1]) if found else None
 
 
 def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 import equinox as eqx
 import jax
 import numpy as np
+from jax.experimental.layout import Layout as ArrayLayout
+from jax.experimental.layout import with_layout_constraint
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
@@ -222,7 +224,19 @@ def _forward(weight: Array, stored: NamedSharding, used: NamedSharding) -> tuple
 
 
 def _backward(stored: NamedSharding, used: NamedSharding, _: None, gradient: Array) -> tuple[Array]:
-    return (jax.lax.with_sharding_constraint(gradient, stored),)
+    return (_off_lanes(jax.lax.with_sharding_constraint(gradient, stored), stored),)
+
+
+def _off_lanes(gradient: Array, stored: NamedSharding) -> Array:
+    """The gradient of a convolution whose outputs are in shares, with inputs along the lanes of a TPU's tiles.
+
+    A gradient is scattered by whole tiles alone, so libtpu (0.0.42.1) sums it whole on every chip where its shares cut
+    lanes: it chose that for some and not for others. 1 x 1 convolutions are products, whose gradients never were.
+    """
+    is_on_tpu = stored.mesh.devices.flat[0].platform == "tpu"
+    if is_on_tpu and gradient.ndim == len(stored.spec) == 4 and gradient.shape[:2] != (1, 1):
+        return with_layout_constraint(gradient, ArrayLayout((0, 1, 3, 2)))
+    return gradient
 
 
 _gather.defvjp(_forward, _backward)

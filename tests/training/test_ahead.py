@@ -217,6 +217,23 @@ def test_a_policy_and_a_mesh_that_are_given_are_kept():
     assert [one.mesh for one in search(dataclasses.replace(given, config=fixed))] == [{"fsdp": 4}]
 
 
+@pytest.mark.parametrize(
+    ("count", "hardware", "shares"),
+    [(4, "tpu", [1, -1]), (16, "tpu", [1, -1]), (40, "tpu", [1, -1]), (32, "gpu", [1, -1]), (32, "tpu", [1, -1, 16])],
+)
+def test_a_large_slice_may_share_weights_among_16_chips_and_samples_among_all(count, hardware, shares):
+    tried: list[tuple[int, int]] = []
+
+    class Meshes(Stepped):
+        def compiled(self, config: TrainConfig) -> Report:
+            tried.append((config.parallel.ici_data_parallelism, config.parallel.ici_fsdp_parallelism))
+            return super().compiled(config)
+
+    chip = dataclasses.replace(CHIP, hardware=hardware)
+    search(Meshes(config(remat="full", ici_fsdp_parallelism=1), 0.0, chip, count * jax.devices()[:1], SHAPES))
+    assert list(dict.fromkeys(tried)) == [(1 if n == -1 else -1, n) for n in shares]
+
+
 def test_what_does_not_fit_at_one_image_is_said_and_is_last():
     small = dataclasses.replace(CHIP, memory=700 * 10**6)
     *_, last = search(imagined("auto", chip=small))
