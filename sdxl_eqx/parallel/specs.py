@@ -233,7 +233,7 @@ def _off_lanes(gradient: Array, stored: NamedSharding) -> Array:
     A gradient is scattered by whole tiles alone, so libtpu (0.0.42.1) sums it whole on every chip where its shares cut
     lanes: it chose that for some and not for others. 1 x 1 convolutions are products, whose gradients never were.
     """
-    is_on_tpu = stored.mesh.devices.flat[0].platform == "tpu"
+    is_on_tpu = next(iter(stored.device_set)).platform == "tpu"
     if is_on_tpu and gradient.ndim == len(stored.spec) == 4 and gradient.shape[:2] != (1, 1):
         return with_layout_constraint(gradient, ArrayLayout((0, 1, 3, 2)))
     return gradient
