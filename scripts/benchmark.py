@@ -4,10 +4,15 @@ import sys
 
 import tyro
 
-from sdxl_eqx.benchmarks.config import DataBenchmark, GenerateBenchmark
+from sdxl_eqx.benchmarks.config import AttentionBenchmark, DataBenchmark, GenerateBenchmark, StepBenchmark
 from sdxl_eqx.console import talk
 
-COMMANDS = {"data": DataBenchmark, "generate": GenerateBenchmark}
+COMMANDS = {
+    "data": DataBenchmark,
+    "generate": GenerateBenchmark,
+    "attention": AttentionBenchmark,
+    "step": StepBenchmark,
+}
 
 
 def main() -> int:
@@ -22,19 +27,28 @@ def main() -> int:
     return 0
 
 
-def measure(config: DataBenchmark | GenerateBenchmark) -> None:
+def measure(config: DataBenchmark | GenerateBenchmark | AttentionBenchmark | StepBenchmark) -> None:
     """Run what a subcommand asks for. Each is imported here, so that --help and wrong flags answer at once."""
     import jax
 
-    jax.config.update("jax_platforms", "cpu")  # none needs an accelerator
+    # Some need no accelerator, others leave it to their sides.
+    jax.config.update("jax_platforms", "cpu")
     if isinstance(config, DataBenchmark):
         from sdxl_eqx.benchmarks import data
 
         data.measure(config)
-    else:
+    elif isinstance(config, GenerateBenchmark):
         from sdxl_eqx.benchmarks import drawing
 
         drawing.measure(config)
+    elif isinstance(config, AttentionBenchmark):
+        from sdxl_eqx.benchmarks import attention
+
+        attention.measure(config)
+    else:
+        from sdxl_eqx.benchmarks import step
+
+        step.measure(config)
 
 
 if __name__ == "__main__":

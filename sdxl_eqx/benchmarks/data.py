@@ -1,10 +1,7 @@
 """How fast pictures become batches: one decoder beside another, two threads beside one, a cache on its own."""
 
 import hashlib
-import json
 import logging
-import os
-import platform
 import tempfile
 import threading
 import time
@@ -13,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,8 +19,9 @@ import numpy as np
 
 from sdxl_eqx.benchmarks.config import DataBenchmark
 from sdxl_eqx.benchmarks.decoding import Decode, decoding
-from sdxl_eqx.benchmarks.figures import Figure, table
+from sdxl_eqx.benchmarks.figures import Figure
 from sdxl_eqx.benchmarks.jpegs import Jpegs, make_jpegs
+from sdxl_eqx.benchmarks.results import check_counts, load_average, publish, results_file
 from sdxl_eqx.benchmarks.timing import alternated, cores, milliseconds, pinned
 from sdxl_eqx.config import DataConfig
 from sdxl_eqx.data.bad import BadItems
@@ -79,31 +76,15 @@ def measure(config: DataBenchmark, work: Workload | None = None) -> list[Figure]
         OSError: the cache cannot be written to the folder for temporary files.
     """
     work = work or Workload()
-    if config.rounds < 1:
-        raise ValueError(f"--rounds {config.rounds}: must be at least 1.")
-    file = Path(config.json).absolute()
-    if config.json and (not file.parent.is_dir() or file.is_dir()):
-        raise ValueError(f"--json {config.json}: must be a file in a folder that is there.")
-    # How busy the machine is with other things, before it is busy with this.
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    check_counts(rounds=config.rounds)
+    file, load = results_file(config.json), load_average()
     log.info("making JPEGs of %s", f"the photographs in {config.photos}" if config.photos else "noise")
     files = make_jpegs(work.pictures, sorted({one.source for one in work.decodes}), config.photos)
     log.info("measuring in %d rounds", config.rounds)
     figures = decoding(files, work.decodes, config.rounds)
     figures.extend(threads(files[work.decodes[0].source], work, config.rounds))
     figures.extend(caching(work, config.rounds))
-    log.info("%s", table(figures))
-    if config.json:
-        machine = {"system": platform.platform(), "cores": cores(), "load": load}
-        versions = {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
-        values = {
-            "machine": machine,
-            "versions": versions,
-            "photos": config.photos,
-            "figures": [one.to_json() for one in figures],
-        }
-        file.write_text(f"{json.dumps(values, indent=1)}\n", encoding="utf-8")
-    return figures
+    return publish(figures, file, libraries=LIBRARIES, load=load, photos=config.photos)
 
 
 def threads(files: list[bytes], work: Workload, rounds: int) -> list[Figure]:

@@ -1,11 +1,9 @@
 """How fast prompts become pictures on the CPU: this project beside diffusers, each in processes of its own."""
 
-import dataclasses
 import importlib.util
 import json
 import logging
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -13,14 +11,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from sdxl_eqx.benchmarks.config import GenerateBenchmark
 from sdxl_eqx.benchmarks.drawing_side import SAID
-from sdxl_eqx.benchmarks.figures import Figure, table
+from sdxl_eqx.benchmarks.figures import Figure
 from sdxl_eqx.benchmarks.random_models import HALF, TINY, RandomModel
+from sdxl_eqx.benchmarks.results import check_counts, load_average, of_now, publish, results_file
 from sdxl_eqx.benchmarks.timing import alternated, cores
 
 log = logging.getLogger("sdxl_eqx")
@@ -43,20 +41,14 @@ def measure(config: GenerateBenchmark) -> list[Figure]:
         ValueError: a flag is wrong, or PyTorch or diffusers is not there.
         OSError: models cannot be written to the folder for temporary files, or a side failed.
     """
-    for name, value, least in (("rounds", config.rounds, 1), ("starts", config.starts, 1), ("steps", config.steps, 1)):
-        if value < least:
-            raise ValueError(f"--{name} {value}: must be at least {least}.")
+    check_counts(rounds=config.rounds, starts=config.starts, steps=config.steps)
     missing = [name for name in BASELINE if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(
             f"generate is measured beside diffusers, and {' and '.join(missing)} cannot be imported: "
             "pip install -e '.[dev]'."
         )
-    file = Path(config.json).absolute()
-    if config.json and (not file.parent.is_dir() or file.is_dir()):
-        raise ValueError(f"--json {config.json}: must be a file in a folder that is there.")
-    # How busy the machine is with other things, before it is busy with this.
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    file, load = results_file(config.json), load_average()
     if load is not None:
         log.info("%d cores; load of the machine before this: %.1f", cores(), load)
     figures: list[Figure] = []
@@ -64,19 +56,7 @@ def measure(config: GenerateBenchmark) -> list[Figure]:
         for name, model in MODELS.items():
             if config.model in ("all", name):
                 figures += drawing(name, model, Path(work) / name, config)
-    if load is not None and load > cores() / 2:
-        figures = [dataclasses.replace(one, note=f"the machine was busy: load {load:.1f}") for one in figures]
-    log.info("%s", table(figures))
-    if config.json:
-        versions = {"python": platform.python_version(), **{library: version(library) for library in LIBRARIES}}
-        values = {
-            "machine": {"system": platform.platform(), "cores": cores(), "load": load},
-            "versions": versions,
-            "steps": config.steps,
-            "figures": [one.to_json() for one in figures],
-        }
-        file.write_text(f"{json.dumps(values, indent=1)}\n", encoding="utf-8")
-    return figures
+    return publish(of_now(figures, load), file, libraries=LIBRARIES, load=load, steps=config.steps)
 
 
 def drawing(name: str, model: RandomModel, work: Path, config: GenerateBenchmark) -> list[Figure]:

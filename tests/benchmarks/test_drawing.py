@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sdxl_eqx.benchmarks import drawing
+from sdxl_eqx.benchmarks import drawing, results
 from sdxl_eqx.benchmarks.config import GenerateBenchmark
 from sdxl_eqx.benchmarks.drawing import Side, measure
 from sdxl_eqx.benchmarks.drawing_side import SAID
@@ -45,7 +45,7 @@ def numbers(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     monkeypatch.setattr(drawing, "command", command)
     monkeypatch.setattr(RandomModel, "write", lambda self, folder: None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    monkeypatch.setattr(drawing, "version", lambda name: "1")
+    monkeypatch.setattr(results, "version", lambda name: "1")
     return begun
 
 

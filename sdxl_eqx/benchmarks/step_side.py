@@ -1,0 +1,181 @@
+"""One side of the training step that is measured, in a process of its own: `python -m ...step_side SIDE JSON`.
+
+It trains on one batch that stays on the device, and says how many seconds a step took and what it needed.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from sdxl_eqx.benchmarks.sides import say
+
+WARM = 2
+"""Steps that are not counted: the first compiles, and what is set up on first use is after the second."""
+
+
+def ours(asked: dict[str, Any]) -> None:
+    """The step that scripts/train.py runs, from random weights."""
+    import jax
+    import jax.numpy as jnp
+    import jax.random as jr
+
+    from sdxl_eqx.config import TrainConfig
+    from sdxl_eqx.diffusion.schedule import Schedule
+    from sdxl_eqx.flags import merge
+    from sdxl_eqx.models.unet import UNet
+    from sdxl_eqx.parallel.begin import begin_jax, configure_jax
+    from sdxl_eqx.parallel.devices import memory
+    from sdxl_eqx.training.flops import training_flops
+    from sdxl_eqx.training.meter import memory_used, peak_tflops
+    from sdxl_eqx.training.networks import Networks, split
+    from sdxl_eqx.training.optimizer import make_optimizer, rates
+    from sdxl_eqx.training.program import Program
+    from sdxl_eqx.training.state import new_state
+
+    # What it says of attention and remat, for who runs it by hand.
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    begin_jax(TrainConfig().run)
+    devices = jax.devices()[:1]
+    shapes, said = model_of(asked, devices[0].platform)
+    values = {
+        "activations_dtype": said["dtype"],
+        "cache_latents_text_encoder_outputs": True,
+        "jax_cache_dir": "none",  # what it takes to compile is measured too
+        "per_device_batch_size": float(asked["batch"]),
+        "resolution": said["side"],
+        "remat_policy": asked["remat_policy"],
+    }
+    config = merge(TrainConfig(), values)
+    configure_jax(config.run, config.model.precision)
+    program = Program.make(config, shapes, devices, memory(devices))
+    optimizer = make_optimizer(config.optim, *rates(config, total_steps=1000, batch_size=program.batch_size))
+
+    def begin(key: Any) -> Any:
+        trained, _ = split(Networks(UNet(shapes.unet, key=key), None), config)
+        return new_state(trained, optimizer, ema=config.optim.ema_decay > 0, key=key)
+
+    def draw(x: jax.ShapeDtypeStruct) -> jax.Array:
+        return jr.normal(jr.key(len(x.shape)), x.shape, x.dtype)
+
+    state = jax.jit(begin)(jr.key(0))
+    frozen, batch = program.frozen(), jax.tree.map(draw, program.batch())
+    step = program.jit(optimizer)
+    schedule = Schedule(shapes.schedule)
+    loss = jnp.zeros(())
+
+    def train(steps: int) -> float:
+        nonlocal state, loss
+        for _ in range(steps):
+            state, metrics = step(state, frozen, batch, schedule)
+            loss = metrics["learning/loss"]
+        return float(loss)  # waits for it
+
+    flops = training_flops(shapes, config, (said["side"], said["side"])) * asked["batch"]
+    answer(
+        train, asked["steps"], **said,
+        device=devices[0].device_kind, platform=devices[0].platform, remat_policy=program.compute.remat,
+        tflop=flops / 1e12, peak_tflops=peak_tflops(devices), unet=shapes.unet.to_json(),
+        memory=lambda: memory_used(devices).get("perf/memory_peak_bytes"),
+    )  # fmt: skip
+
+
+def theirs(asked: dict[str, Any]) -> None:
+    """The loop of diffusers' train_text_to_image_sdxl.py on what is encoded already, as fast as PyTorch has it."""
+    os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # as ours
+    import diffusers
+    import torch
+    import torch.nn.functional as F
+
+    lazy: Any = diffusers
+    device = torch.device("cuda" if asked["platform"] == "gpu" else "cpu")
+    dtype = getattr(torch, asked["dtype"])
+    torch.manual_seed(0)
+    with torch.device(device):
+        unet = lazy.UNet2DConditionModel.from_config(asked["unet"]).train()
+    unet = unet.to(memory_format=torch.channels_last)
+    if asked["checkpointing"]:
+        unet.enable_gradient_checkpointing()
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-5, weight_decay=1e-2, fused=device.type == "cuda")
+    scheduler = lazy.DDPMScheduler(num_train_timesteps=1000, beta_schedule="scaled_linear")
+    config, b = asked["unet"], asked["batch"]
+    side = asked["side"] // asked["downscale"]
+    pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+
+    def draw(*shape: int) -> Any:
+        return torch.randn(b, *shape, device=device)
+
+    x0 = draw(config["in_channels"], side, side).contiguous(memory_format=torch.channels_last)
+    context, added = draw(77, config["cross_attention_dim"]), {"text_embeds": draw(pooled), "time_ids": draw(6).abs()}
+    predict = torch.compile(unet) if asked["compile"] else unet
+    low = partial(torch.autocast, device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext
+    loss = torch.zeros((), device=device)
+
+    def train(steps: int) -> float:
+        nonlocal loss
+        for _ in range(steps):
+            eps = torch.randn_like(x0)
+            t = torch.randint(0, 1000, (b,), device=device)
+            with low():
+                found = predict(scheduler.add_noise(x0, eps, t), t, context, added_cond_kwargs=added).sample
+            loss = F.mse_loss(found.float(), eps)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())  # waits for it
+
+    def memory() -> int | None:
+        return torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+
+    answer(train, asked["steps"], memory=memory)
+
+
+def model_of(asked: dict[str, Any], platform: str) -> tuple[Any, dict[str, Any]]:
+    """The shapes of the model that is asked for, and what `auto` stands for on a platform."""
+    from sdxl_eqx.benchmarks.random_models import HALF, TINY
+    from sdxl_eqx.config import DiffusionSchedulerConfig
+    from sdxl_eqx.diffusion.schedule import ScheduleConfig
+    from sdxl_eqx.loading import ModelShapes
+
+    here = platform == "cpu"
+    name = asked["model"] if asked["model"] != "auto" else "tiny" if here else "sdxl"
+    dtype = asked["dtype"] if asked["dtype"] != "auto" else "float32" if here else "bfloat16"
+    shapes = ModelShapes.sdxl_base(DiffusionSchedulerConfig())
+    if name != "sdxl":
+        one = {"tiny": TINY, "300m": HALF}[name]
+        shapes = ModelShapes(one.unet, one.vae, one.text, one.text_2, ScheduleConfig())
+    side = asked["side"] or shapes.unet.sample_size * shapes.vae.downscale
+    return shapes, {"model": name, "dtype": dtype, "side": side, "downscale": shapes.vae.downscale}
+
+
+def answer(train: Callable[[int], float], steps: int, *, memory: Callable[[], float | None], **facts: Any) -> None:
+    """Measure and say it: seconds a step, those until the first one was done, and bytes of memory at most.
+
+    Raises:
+        ValueError: where the loss is no number.
+    """
+    began = time.perf_counter()
+    train(1)
+    first = time.perf_counter() - began
+    train(WARM - 1)
+    began = time.perf_counter()
+    loss = train(steps)
+    seconds = (time.perf_counter() - began) / steps
+    if not 0 < loss < 100:
+        raise ValueError(f"the loss is {loss}: this is no training.")
+    bytes_used = memory()
+    if bytes_used is None:  # of a CPU, whose memory holds everything
+        bytes_used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    say(seconds=seconds, first=first, memory=bytes_used, loss=loss, **facts)
+
+
+SIDES = {"ours": ours, "theirs": theirs}
+
+if __name__ == "__main__":
+    SIDES[sys.argv[1]](json.loads(sys.argv[2]))
