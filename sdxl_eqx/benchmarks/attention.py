@@ -8,7 +8,7 @@ from sdxl_eqx.benchmarks.attention_side import WIDTH
 from sdxl_eqx.benchmarks.config import AttentionBenchmark
 from sdxl_eqx.benchmarks.figures import Figure
 from sdxl_eqx.benchmarks.results import check_counts, load_average, of_now, publish, results_file
-from sdxl_eqx.benchmarks.sides import ask, command, has_other_side
+from sdxl_eqx.benchmarks.sides import in_turn
 
 log = logging.getLogger("sdxl_eqx")
 
@@ -28,18 +28,13 @@ def measure(config: AttentionBenchmark) -> list[Figure]:
         raise ValueError(f"--side {config.side}: must be a multiple of 32, or 0 for what suits the device.")
     file, load = results_file(config.json), load_average()
     asked = {name: getattr(config, name) for name in ("batch", "side", "dtype")}
-    ours, theirs = [ask(command("attention_side", "ours", asked))], []
-    said = ours[0]
-    for reason in said["refused"].values():
-        log.info("left out: %s", reason)
-    other = {**asked, **{name: said[name] for name in ("platform", "dtype", "side")}}
-    compared = has_other_side(said["platform"], ("torch",))
-    if compared:
-        theirs.append(ask(command("attention_side", "theirs", other)))
-    for i in range(1, config.rounds):
-        sides = [(ours, "ours", asked), (theirs, "theirs", other)][: 1 + compared]
-        for found, side, words in reversed(sides) if i % 2 else sides:
-            found.append(ask(command("attention_side", side, words)))
+
+    def beside(said: dict[str, Any]) -> dict[str, Any]:
+        for reason in said["refused"].values():
+            log.info("left out: %s", reason)
+        return {**asked, **{name: said[name] for name in ("platform", "dtype", "side")}}
+
+    ours, theirs = in_turn("attention_side", asked, beside, rounds=config.rounds, libraries=("torch",))
     figures = of_now(list(_figures(ours, theirs)), load)
     return publish(figures, file, libraries=LIBRARIES, load=load, sides={"ours": ours, "theirs": theirs})
 

@@ -6,7 +6,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 log = logging.getLogger("sdxl_eqx")
@@ -33,6 +33,33 @@ def ask(words: list[str]) -> dict[str, Any]:
             return json.loads(line.removeprefix(SAID))
     said = (ended.stderr or ended.stdout).strip().splitlines()
     raise ChildProcessError(f"a side of what is measured ended with code {ended.returncode}: {' | '.join(said[-3:])}")
+
+
+def in_turn(
+    module: str,
+    asked: Mapping[str, Any],
+    beside: Callable[[dict[str, Any]], dict[str, Any]],
+    *,
+    rounds: int,
+    libraries: Sequence[str],
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What both sides of a module say, begun anew in each round; what ours says tells what the other is asked.
+
+    Of the other side there is nothing where PyTorch, with these `libraries`, has not the same device.
+
+    Raises:
+        ChildProcessError: where a side failed.
+    """
+    ours, theirs = [ask(command(module, "ours", asked))], []
+    other = beside(ours[0])
+    sides = [(ours, "ours", asked)]
+    if has_other_side(ours[0]["platform"], libraries):
+        sides.append((theirs, "theirs", other))
+        theirs.append(ask(command(module, "theirs", other)))
+    for i in range(1, rounds):
+        for found, side, words in reversed(sides) if i % 2 else sides:
+            found.append(ask(command(module, side, words)))
+    return ours, theirs
 
 
 def has_other_side(platform: str, libraries: Sequence[str]) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 from sdxl_eqx.benchmarks.config import StepBenchmark
 from sdxl_eqx.benchmarks.figures import Figure
 from sdxl_eqx.benchmarks.results import check_counts, load_average, of_now, publish, results_file
-from sdxl_eqx.benchmarks.sides import ask, command, has_other_side
+from sdxl_eqx.benchmarks.sides import in_turn
 
 log = logging.getLogger("sdxl_eqx")
 
@@ -31,26 +31,20 @@ def measure(config: StepBenchmark) -> list[Figure]:
     asked: dict[str, Any] = {
         name: getattr(config, name) for name in ("model", "batch", "side", "dtype", "remat_policy", "steps")
     }
-    ours, theirs = [ask(command("step_side", "ours", asked))], []
-    said = ours[0]
-    log.info(
-        "%s: %.3f s a step after %.0f s until the first; remat %s",
-        said["device"], said["seconds"], said["first"], said["remat_policy"],
-    )  # fmt: skip
-    facts = ("platform", "dtype", "unet", "downscale", "side")
-    other = {name: said[name] for name in facts} | {
-        "batch": config.their_batch or config.batch,
-        "steps": config.steps,
-        "checkpointing": config.their_checkpointing,
-        "compile": config.their_compile,
-    }
-    compared = has_other_side(said["platform"], BASELINE)
-    if compared:
-        theirs.append(ask(command("step_side", "theirs", other)))
-    for i in range(1, config.rounds):
-        sides = [(ours, "ours", asked), (theirs, "theirs", other)][: 1 + compared]
-        for found, side, words in reversed(sides) if i % 2 else sides:
-            found.append(ask(command("step_side", side, words)))
+
+    def beside(said: dict[str, Any]) -> dict[str, Any]:
+        log.info(
+            "%s: %.3f s a step, %.0f s until the first was done; remat %s",
+            said["device"], said["seconds"], said["first"], said["remat_policy"],
+        )  # fmt: skip
+        return {name: said[name] for name in ("platform", "dtype", "unet", "downscale", "side")} | {
+            "batch": config.their_batch or config.batch,
+            "steps": config.steps,
+            "checkpointing": config.their_checkpointing,
+            "compile": config.their_compile,
+        }
+
+    ours, theirs = in_turn("step_side", asked, beside, rounds=config.rounds, libraries=BASELINE)
     figures = of_now(_figures(config, ours, theirs), load)
     return publish(figures, file, libraries=LIBRARIES, load=load, sides={"ours": ours, "theirs": theirs})
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sdxl_eqx.benchmarks import attention
+from sdxl_eqx.benchmarks import sides
 from sdxl_eqx.benchmarks.attention import measure
 from sdxl_eqx.benchmarks.attention_side import shapes_of
 from sdxl_eqx.benchmarks.config import AttentionBenchmark
@@ -22,10 +22,10 @@ def test_each_implementation_is_compared_at_each_shape(
 ):
     caplog.set_level("INFO", "sdxl_eqx")
     shapes = shapes_of(8, 1024)
-    sides: list[str] = []
+    begun: list[str] = []
 
     def ask(words: list[str]) -> dict[str, Any]:
-        sides.append(words[-2])
+        begun.append(words[-2])
         if words[-2] == "theirs":
             assert json.loads(words[-1]) == {"batch": 8, "side": 1024, "dtype": "bfloat16", "platform": "gpu"}
             return {"found": [{"shape": s, "forward": 2.0 + i, "both": 6.0} for i, s in enumerate(shapes)]}
@@ -33,12 +33,12 @@ def test_each_implementation_is_compared_at_each_shape(
         facts = {"device": "NVIDIA H200", "platform": "gpu", "dtype": "bfloat16", "side": 1024}
         return {"found": found, "refused": {"cudnn_flash_te": "attention cudnn_flash_te: needs it"}, **facts}
 
-    monkeypatch.setattr(attention, "ask", ask)
-    monkeypatch.setattr(attention, "has_other_side", lambda platform, libraries: True)
+    monkeypatch.setattr(sides, "ask", ask)
+    monkeypatch.setattr(sides, "has_other_side", lambda platform, libraries: True)
     monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0), raising=False)
     file = tmp_path / "figures.json"
     figures = measure(AttentionBenchmark(rounds=2, json=str(file)))
-    assert sides == ["ours", "theirs", "theirs", "ours"]
+    assert begun == ["ours", "theirs", "theirs", "ours"]
     assert len(figures) == 2 * 4 * 2 and "left out: attention cudnn_flash_te: needs it" in caplog.text
     # 4 x 8 x 10 x 4096 x 4096 x 64 operations in a millisecond; three times as many in 4.
     assert figures[0].name.endswith("4096 to 4096, 10 heads, bfloat16, NVIDIA H200: forward (3.4e+02 TFLOP/s)")

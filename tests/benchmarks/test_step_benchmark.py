@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sdxl_eqx.benchmarks import step
+from sdxl_eqx.benchmarks import sides
 from sdxl_eqx.benchmarks.config import StepBenchmark
 from sdxl_eqx.benchmarks.step import measure
 from sdxl_eqx.benchmarks.step_side import model_of
@@ -28,8 +28,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]:
         questions.append([words[-2], json.loads(words[-1])])
         return SAID if words[-2] == "ours" else {"seconds": 1.0, "first": 60.0, "memory": 4e9, "loss": 1.0}
 
-    monkeypatch.setattr(step, "ask", ask)
-    monkeypatch.setattr(step, "has_other_side", lambda platform, libraries: platform != "tpu")
+    monkeypatch.setattr(sides, "ask", ask)
+    monkeypatch.setattr(sides, "has_other_side", lambda platform, libraries: platform != "tpu")
     monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0), raising=False)
     return questions
 
@@ -56,7 +56,7 @@ def test_both_sides_are_asked_in_turn_and_compared_by_the_image(asked: list[list
 
 
 def test_where_pytorch_is_not_our_side_is_measured_alone(asked: list[list[Any]], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(step, "has_other_side", lambda platform, libraries: False)
+    monkeypatch.setattr(sides, "has_other_side", lambda platform, libraries: False)
     each, *_ = measure(StepBenchmark(rounds=2))
     assert [side for side, _ in asked] == ["ours", "ours"]
     assert each.ratio is None and len(each.rounds) == 2
