@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import logging
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +11,9 @@ from typing import Any
 log = logging.getLogger("sdxl_eqx")
 
 SAID = "sdxl_eqx says:"
+
+LINES = 8
+"""Of what a side that fails said last: JAX ends with some that say little."""
 
 
 def command(module: str, side: str, asked: Mapping[str, Any]) -> list[str]:
@@ -25,14 +27,12 @@ def ask(words: list[str]) -> dict[str, Any]:
     Raises:
         ChildProcessError: where it failed, with the last of what it said.
     """
-    # A test run's settings are not what is measured.
-    env = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_PLATFORMS")}
-    ended = subprocess.run(words, env=env, capture_output=True, text=True, errors="replace", check=False)
-    for line in ended.stdout.splitlines():
-        if line.startswith(SAID):
-            return json.loads(line.removeprefix(SAID))
+    ended = subprocess.run(words, capture_output=True, text=True, errors="replace", check=False)
+    answers = [line.removeprefix(SAID) for line in ended.stdout.splitlines() if line.startswith(SAID)]
+    if ended.returncode == 0 and answers:
+        return json.loads(answers[0])
     said = (ended.stderr or ended.stdout).strip().splitlines()
-    raise ChildProcessError(f"a side of what is measured ended with code {ended.returncode}: {' | '.join(said[-3:])}")
+    raise ChildProcessError(f"it ended with code {ended.returncode}: {' | '.join(said[-LINES:]) or 'no word'}")
 
 
 def in_turn(
@@ -42,28 +42,34 @@ def in_turn(
     *,
     rounds: int,
     libraries: Sequence[str],
+    remedy: str = "",
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """What both sides of a module say, begun anew in each round; what ours says tells what the other is asked.
 
-    Of the other side there is nothing where PyTorch, with these `libraries`, has not the same device.
+    Of the other side there is nothing on a TPU, without one of its `libraries`, or where it fails, which is said with
+    a `remedy`: ours took its time, and is not lost.
 
     Raises:
-        ChildProcessError: where a side failed.
+        ChildProcessError: where ours failed.
     """
     ours, theirs = [ask(command(module, "ours", asked))], []
     other = beside(ours[0])
-    sides = [(ours, "ours", asked)]
-    if has_other_side(ours[0]["platform"], libraries):
-        sides.append((theirs, "theirs", other))
-        theirs.append(ask(command(module, "theirs", other)))
-    for i in range(1, rounds):
-        for found, side, words in reversed(sides) if i % 2 else sides:
-            found.append(ask(command(module, side, words)))
+    compared = has_other_side(ours[0]["platform"], libraries)
+    for i in range(rounds):
+        for side in ("ours", "theirs") if i % 2 == 0 else ("theirs", "ours"):
+            if side == "ours" and i > 0:
+                ours.append(ask(command(module, side, asked)))
+            elif side == "theirs" and compared:
+                try:
+                    theirs.append(ask(command(module, side, other)))
+                except ChildProcessError as error:
+                    log.warning("nothing to compare with: PyTorch failed; %s%s", error, remedy)
+                    compared, theirs = False, []
     return ours, theirs
 
 
 def has_other_side(platform: str, libraries: Sequence[str]) -> bool:
-    """Whether PyTorch is there for the same device; a line where it is not."""
+    """Whether there may be another side: not on a TPU, or where one of its libraries is missing, which is said."""
     missing = [name for name in libraries if importlib.util.find_spec(name) is None]
     if platform == "tpu":
         log.info("nothing to compare with: PyTorch is measured on CPUs and NVIDIA GPUs")
@@ -74,5 +80,5 @@ def has_other_side(platform: str, libraries: Sequence[str]) -> bool:
 
 def say(**values: Any) -> None:
     """Answer, from within a side."""
-    sys.stdout.write(f"{SAID} {json.dumps(values)}\n")
+    sys.stdout.write(f"\n{SAID} {json.dumps(values)}\n")
     sys.stdout.flush()

@@ -7,7 +7,6 @@ import contextlib
 import json
 import logging
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -21,12 +20,14 @@ WARM = 2
 
 
 def ours(asked: dict[str, Any]) -> None:
-    """The step that scripts/train.py runs, from random weights."""
+    """The step that scripts/train.py runs, from random weights: without clipping or a moving average, as by default.
+
+    It takes norms of gradients, updates and weights, and leaves out steps that are not finite; theirs does not.
+    """
     import jax
-    import jax.numpy as jnp
     import jax.random as jr
 
-    from sdxl_eqx.config import TrainConfig
+    from sdxl_eqx.config import RunConfig, TrainConfig
     from sdxl_eqx.diffusion.schedule import Schedule
     from sdxl_eqx.flags import merge
     from sdxl_eqx.models.unet import UNet
@@ -39,9 +40,7 @@ def ours(asked: dict[str, Any]) -> None:
     from sdxl_eqx.training.program import Program
     from sdxl_eqx.training.state import new_state
 
-    # What it says of attention and remat, for who runs it by hand.
-    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
-    begin_jax(TrainConfig().run)
+    begin_jax(RunConfig(skip_jax_distributed_system=True))
     devices = jax.devices()[:1]
     shapes, said = model_of(asked, devices[0].platform)
     values = {
@@ -54,56 +53,63 @@ def ours(asked: dict[str, Any]) -> None:
     }
     config = merge(TrainConfig(), values)
     configure_jax(config.run, config.model.precision)
+    sentences = Sentences()
     program = Program.make(config, shapes, devices, memory(devices))
     optimizer = make_optimizer(config.optim, *rates(config, total_steps=1000, batch_size=program.batch_size))
 
     def begin(key: Any) -> Any:
-        trained, _ = split(Networks(UNet(shapes.unet, key=key), None), config)
-        return new_state(trained, optimizer, ema=config.optim.ema_decay > 0, key=key)
+        unet_key, state_key = jr.split(key)
+        trained, _ = split(Networks(UNet(shapes.unet, key=unet_key), None), config)
+        return new_state(trained, optimizer, ema=config.optim.ema_decay > 0, key=state_key)
 
-    def draw(x: jax.ShapeDtypeStruct) -> jax.Array:
-        return jr.normal(jr.key(len(x.shape)), x.shape, x.dtype)
+    with jax.sharding.set_mesh(program.mesh):
+        arguments = program.arguments(optimizer)
+        where, frozen = jax.tree.map(lambda x: x.sharding, arguments[0]), arguments[1]
+        state = jax.block_until_ready(jax.jit(begin, out_shardings=where)(jr.key(0)))
+        drawn, shardings = jax.tree.flatten(arguments[2])
+        drawn = [jax.device_put(jr.normal(jr.key(i), x.shape, x.dtype), x.sharding) for i, x in enumerate(drawn, 1)]
+        batch = jax.tree.unflatten(shardings, drawn)
+        schedule = jax.device_put(Schedule(shapes.schedule), program.layout.whole)
+        step: Any = None
 
-    state = jax.jit(begin)(jr.key(0))
-    frozen, batch = program.frozen(), jax.tree.map(draw, program.batch())
-    step = program.jit(optimizer)
-    schedule = Schedule(shapes.schedule)
-    loss = jnp.zeros(())
+        def train(steps: int) -> float:
+            nonlocal state, step
+            step = step or program.jit(optimizer).lower(*arguments).compile()
+            metrics: Any = {}
+            for _ in range(steps):
+                state, metrics = step(state, frozen, batch, schedule)
+            return float(metrics["learning/loss"])  # waits for it
 
-    def train(steps: int) -> float:
-        nonlocal state, loss
-        for _ in range(steps):
-            state, metrics = step(state, frozen, batch, schedule)
-            loss = metrics["learning/loss"]
-        return float(loss)  # waits for it
-
-    flops = training_flops(shapes, config, (said["side"], said["side"])) * asked["batch"]
-    answer(
-        train, asked["steps"], **said,
+        measured = measure(train, asked["steps"])
+    tflop = training_flops(shapes, config, (said["side"], said["side"])) * asked["batch"] / 1e12
+    say(
+        **measured, **said,
         device=devices[0].device_kind, platform=devices[0].platform, remat_policy=program.compute.remat,
-        tflop=flops / 1e12, peak_tflops=peak_tflops(devices), unet=shapes.unet.to_json(),
-        memory=lambda: memory_used(devices).get("perf/memory_peak_bytes"),
+        tflop=tflop, peak_tflops=peak_tflops(devices), unet=shapes.unet.to_json(), sentences=sentences.said,
+        memory=memory_used(devices).get("perf/memory_peak_bytes", resident(devices[0].platform)),
     )  # fmt: skip
 
 
 def theirs(asked: dict[str, Any]) -> None:
-    """The loop of diffusers' train_text_to_image_sdxl.py on what is encoded already, as fast as PyTorch has it."""
+    """The UNet and the loss of diffusers' train_text_to_image_sdxl.py on what is encoded already, without clipping."""
     os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # as ours
     import diffusers
     import torch
     import torch.nn.functional as F
 
     lazy: Any = diffusers
-    device = torch.device("cuda" if asked["platform"] == "gpu" else "cpu")
-    dtype = getattr(torch, asked["dtype"])
+    on_gpu = asked["platform"] == "gpu"
+    device, dtype = torch.device("cuda" if on_gpu else "cpu"), getattr(torch, asked["dtype"])
+    torch.backends.cudnn.benchmark = True  # XLA tries kernels out too
+    torch.set_float32_matmul_precision("high")  # TF32, as JAX by default
     torch.manual_seed(0)
     with torch.device(device):
         unet = lazy.UNet2DConditionModel.from_config(asked["unet"]).train()
     unet = unet.to(memory_format=torch.channels_last)
     if asked["checkpointing"]:
         unet.enable_gradient_checkpointing()
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-5, weight_decay=1e-2, fused=device.type == "cuda")
-    scheduler = lazy.DDPMScheduler(num_train_timesteps=1000, beta_schedule="scaled_linear")
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-5, weight_decay=1e-2, fused=on_gpu)
+    scheduler = lazy.DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     config, b = asked["unet"], asked["batch"]
     side = asked["side"] // asked["downscale"]
     pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
@@ -115,10 +121,9 @@ def theirs(asked: dict[str, Any]) -> None:
     context, added = draw(77, config["cross_attention_dim"]), {"text_embeds": draw(pooled), "time_ids": draw(6).abs()}
     predict = torch.compile(unet) if asked["compile"] else unet
     low = partial(torch.autocast, device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext
-    loss = torch.zeros((), device=device)
 
     def train(steps: int) -> float:
-        nonlocal loss
+        loss = torch.zeros(())
         for _ in range(steps):
             eps = torch.randn_like(x0)
             t = torch.randint(0, 1000, (b,), device=device)
@@ -130,10 +135,17 @@ def theirs(asked: dict[str, Any]) -> None:
             optimizer.zero_grad(set_to_none=True)
         return float(loss.detach())  # waits for it
 
-    def memory() -> int | None:
-        return torch.cuda.max_memory_allocated() if device.type == "cuda" else None
-
-    answer(train, asked["steps"], memory=memory)
+    before = [x.detach().clone() for x in unet.parameters() if x.ndim == 1]
+    measured = measure(train, asked["steps"])
+    after = [x for x in unet.parameters() if x.ndim == 1]
+    if all(torch.equal(x, y) for x, y in zip(before, after, strict=True)):
+        raise ValueError("no weight has changed: this is no training.")
+    say(
+        **measured,
+        parameters=sum(x.numel() for x in unet.parameters()),
+        memory=torch.cuda.max_memory_allocated() if on_gpu else resident("cpu"),
+        cudnn=torch.backends.cudnn.version() if on_gpu else None,
+    )
 
 
 def model_of(asked: dict[str, Any], platform: str) -> tuple[Any, dict[str, Any]]:
@@ -154,8 +166,8 @@ def model_of(asked: dict[str, Any], platform: str) -> tuple[Any, dict[str, Any]]
     return shapes, {"model": name, "dtype": dtype, "side": side, "downscale": shapes.vae.downscale}
 
 
-def answer(train: Callable[[int], float], steps: int, *, memory: Callable[[], float | None], **facts: Any) -> None:
-    """Measure and say it: seconds a step, those until the first one was done, and bytes of memory at most.
+def measure(train: Callable[[int], float], steps: int) -> dict[str, float]:
+    """Seconds of a step, those until the first one was done, and the last loss.
 
     Raises:
         ValueError: where the loss is no number.
@@ -169,10 +181,31 @@ def answer(train: Callable[[int], float], steps: int, *, memory: Callable[[], fl
     seconds = (time.perf_counter() - began) / steps
     if not 0 < loss < 100:
         raise ValueError(f"the loss is {loss}: this is no training.")
-    bytes_used = memory()
-    if bytes_used is None:  # of a CPU, whose memory holds everything
-        bytes_used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    say(seconds=seconds, first=first, memory=bytes_used, loss=loss, **facts)
+    return {"seconds": seconds, "first": first, "loss": loss}
+
+
+def resident(platform: str) -> int | None:
+    """Bytes that this process had in memory at most, where the device is a CPU and the system says."""
+    if platform != "cpu" or sys.platform == "win32":
+        return None
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class Sentences(logging.Handler):
+    """Keeps what is said of attention and memory."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.said: list[str] = []
+        log = logging.getLogger("sdxl_eqx")
+        log.setLevel(logging.INFO)
+        log.addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep it."""
+        self.said.append(record.getMessage())
 
 
 SIDES = {"ours": ours, "theirs": theirs}
