@@ -15,6 +15,9 @@ from sdxl_eqx.benchmarks.sides import say
 LEAST = 0.2
 """Seconds that are measured at least."""
 
+OFF = 0.02
+"""Of the largest output: what bfloat16 rounds scores, weights and products to is some 0.4% of each."""
+
 NAMES = ("dot_product", "flash", "cudnn", "cudnn_flash_te")
 
 WIDTH = 64
@@ -55,9 +58,10 @@ def ours(asked: dict[str, Any]) -> None:
         b, l, s, n = shape
         arrays = [jr.normal(jr.key(i), (b, x, n, WIDTH), jnp.dtype(dtype)) for i, x in enumerate((l, s, s, l))]
         forward, both = jax.jit(attend), jax.jit(both)
-        off = float(jnp.abs(forward(*arrays[:3])[:1] - dot_product(*(x[:1] for x in arrays[:3]))).max())
-        if not off < 0.05:
-            raise ValueError(f"differs from dot_product by {off:g}")
+        wanted = dot_product(*(x[:1] for x in arrays[:3]))
+        off = float(jnp.abs(forward(*arrays[:3])[:1] - wanted).max() / jnp.abs(wanted).max())
+        if not off < OFF:
+            raise ValueError(f"differs from dot_product by {off:.2g} of its largest, so its speed means nothing")
         found.append({
             "name": name,
             "shape": shape,
@@ -77,7 +81,9 @@ def ours(asked: dict[str, Any]) -> None:
         for shape in shapes_of(asked["batch"], side):
             try:
                 try_one(name, attend, shape)
-            except (ValueError, RuntimeError, NotImplementedError) as error:  # one kernel at one shape
+            except (ValueError, RuntimeError, NotImplementedError) as error:
+                # What one kernel cannot do at one shape (its own refusals, compilers, memory) is said, and the others
+                # are measured all the same.
                 refused.append(f"attention {name} at {shape}: {(str(error).splitlines() or [repr(error)])[0][:300]}")
     say(found=found, refused=refused, device=device.device_kind, platform=device.platform, dtype=dtype, side=side)
 

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
-from sdxl_eqx.benchmarks import sides
+from sdxl_eqx.benchmarks import attention_side, sides
 from sdxl_eqx.benchmarks.attention import measure
 from sdxl_eqx.benchmarks.attention_side import milliseconds, shapes_of
 from sdxl_eqx.benchmarks.config import AttentionBenchmark
+from sdxl_eqx.benchmarks.sides import SAID
+from sdxl_eqx.kernels.attention import dot_product
 
 
 def test_the_shapes_are_those_of_both_levels_to_themselves_and_to_the_text():
@@ -87,6 +89,37 @@ def test_many_calls_are_measured_and_one_is_said(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     assert milliseconds(lambda x: None, work, 1) == pytest.approx(50)
     assert calls[0] == 3 + 4  # of 0.2 s
+
+
+def test_a_kernel_that_fails_or_is_wrong_is_left_out_and_the_others_are_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def wrong(query: Any, key: Any, value: Any) -> Any:
+        return 1.1 * dot_product(query, key, value)
+
+    def failing(query: Any, key: Any, value: Any) -> Any:
+        raise NotImplementedError("no such shape\nand more")
+
+    kernels = {"dot_product": dot_product, "flash": wrong, "cudnn": failing}
+
+    def choose(name: str, *_: Any, **__: Any) -> Any:
+        if name not in kernels:
+            raise ValueError(f"attention {name}: needs it")
+        return kernels[name], ""
+
+    monkeypatch.setattr("sdxl_eqx.kernels.choose.choose", choose)
+    monkeypatch.setattr(attention_side, "LEAST", 1e-4)
+    attention_side.ours({"batch": 1, "side": 64, "dtype": "float32"})
+    found = json.loads(capsys.readouterr().out.partition(SAID)[2])
+    assert [one["name"] for one in found["found"]] == 4 * ["dot_product"]
+    assert all(one["forward"] > 0 and one["both"] > 0 for one in found["found"])
+    *of_kernels, missing = found["refused"]
+    assert missing == "attention cudnn_flash_te: needs it"
+    assert of_kernels[0] == (
+        "attention flash at (1, 16, 16, 10): differs from dot_product by 0.1 of its largest, so its speed means nothing"
+    )
+    assert [one.partition(" at ")[0] for one in of_kernels] == 4 * ["attention flash"] + 4 * ["attention cudnn"]
+    assert of_kernels[-1].endswith(": no such shape")
 
 
 @pytest.mark.parity
